@@ -1,0 +1,63 @@
+"""Observation spaces of each modality, and the way back from a space to its modality."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from gymnasium import spaces
+
+Modality = Literal["image", "images", "text", "audio", "vector"]
+SAMPLE_RATE = 16_000
+
+
+def image(size: int) -> spaces.Box:
+    """One RGB picture, ``(size, size, 3)`` uint8."""
+    return spaces.Box(0, 255, (size, size, 3), np.uint8)
+
+
+def images(count: int, size: int) -> spaces.Box:
+    """A set of pictures or the frames of a film, ``(count, size, size, 3)`` uint8."""
+    return spaces.Box(0, 255, (count, size, size, 3), np.uint8)
+
+
+def text(vocabulary_size: int, length: int) -> spaces.Box:
+    """Word ids, ``(length,)`` int64, 0 is padding."""
+    return spaces.Box(0, vocabulary_size - 1, (length,), np.int64)
+
+
+def audio(samples: int) -> spaces.Box:
+    """Mono sound at 16 kHz, ``(samples,)`` float32 in [-1, 1]."""
+    return spaces.Box(-1.0, 1.0, (samples,), np.float32)
+
+
+def modality_of(space: spaces.Space) -> Modality:
+    """Read the modality of one observation off its dtype, bounds and shape.
+
+    uint8 ``(H, W, 3)`` (or the ``(3, H, W)`` that Stable-Baselines3 makes of it) is an image, uint8 with
+    four axes is a set of images, an integer vector is text, a float vector bounded by [-1, 1] or two such
+    channels is audio, and any other float vector is a plain vector.
+
+    Raises:
+        TypeError: if ``space`` is not a ``Box``.
+        ValueError: if no modality fits; name it in ``modalities={...}`` then.
+    """
+    if not isinstance(space, spaces.Box):
+        raise TypeError(f"modality_of needs a Box space, got {type(space).__name__}")
+    shape, dtype = space.shape, space.dtype
+    if dtype == np.uint8 and len(shape) == 3 and 3 in (shape[0], shape[-1]):
+        return "image"
+    if dtype == np.uint8 and len(shape) == 4 and 3 in (shape[1], shape[-1]):
+        return "images"
+    if dtype is not None and np.issubdtype(dtype, np.integer) and dtype != np.uint8 and len(shape) == 1:
+        return "text"
+    if dtype is not None and np.issubdtype(dtype, np.floating) and len(shape) in (1, 2):
+        if bool(np.all(space.low == -1) and np.all(space.high == 1)) and shape[-1] >= 1000:
+            return "audio"
+        if len(shape) == 1:
+            return "vector"
+    raise ValueError(
+        f"no modality fits a Box of shape {shape} and dtype {dtype}: expected uint8 (H, W, 3) for an image, "
+        "uint8 (K, H, W, 3) for images, int64 (L,) for text, float32 (T,) or (C, T) in [-1, 1] for audio, "
+        "float (D,) for a vector"
+    )

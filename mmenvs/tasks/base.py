@@ -1,0 +1,112 @@
+"""What a task is: n episodes side by side, written once. ``env.py`` runs it with n = 1, ``vector.py`` with any n."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from mmenvs.text import Vocabulary
+from mmenvs.world import random
+from mmenvs.world.scene import DIFFICULTIES, SPLITS
+
+Rows = npt.NDArray[np.int64]
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """``value`` if it is allowed, else a ``ValueError`` that says what is."""
+    if value not in allowed or isinstance(value, bool):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def integer_in(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as an int if it is an integer in [low, high], else an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    return int(value)
+
+
+def check_image_size(value: Any) -> int:
+    """An even picture size from 32 to 512 pixels."""
+    size = integer_in("image_size", value, 32, 512)
+    if size % 2:
+        raise ValueError(f"image_size must be even, got {size}")
+    return size
+
+
+class Task(ABC):
+    """``num_envs`` episodes of one task, each with its own random stream.
+
+    A subclass sets the spaces and ``info_types`` in ``__init__``, draws nothing there, keeps the state
+    of its episodes in arrays with ``num_envs`` rows and works on the ``rows`` it is handed only.
+
+    Args:
+        num_envs: number of rows.
+        split: one of ``SPLITS``.
+        difficulty: 0 to 3, see ``mmenvs.world.scene.DIFFICULTIES``.
+    """
+
+    # Observations that don't change between reset and the end of the episode.
+    fixed: ClassVar[frozenset[str]] = frozenset()
+
+    observation_space: spaces.Dict
+    action_space: spaces.Discrete
+    vocabulary: Vocabulary
+    info_types: dict[str, type]  # every key of the infos and its Python type: bool, int or float
+
+    def __init__(self, num_envs: int, *, split: str = "train", difficulty: int = 0) -> None:
+        self.num_envs = num_envs
+        self.split: str = one_of("split", split, SPLITS)
+        self.difficulty = integer_in("difficulty", difficulty, 0, len(DIFFICULTIES) - 1)
+        self.level = DIFFICULTIES[self.difficulty]
+        self.streams = np.zeros(num_envs, np.uint64)
+
+    @property
+    def split_id(self) -> int:
+        return SPLITS.index(self.split)
+
+    def start(self, rows: Rows, seeds: npt.NDArray[np.uint64], episodes: npt.NDArray[np.int64]) -> None:
+        """Begin episode ``episodes[i]`` of ``seeds[i]`` in each of ``rows``."""
+        random.start(self.streams, rows, self.split_id, seeds, episodes)
+        self.sample(rows)
+
+    @abstractmethod
+    def sample(self, rows: Rows) -> None:
+        """Draw new episodes for ``rows`` from ``self.streams``."""
+
+    @abstractmethod
+    def observe(self, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
+        """Write the observations of ``rows`` into ``out[key][rows]``, for the keys that ``out`` has.
+
+        ``out[key]`` has the shape ``(num_envs, *observation_space[key].shape)``.
+        """
+
+    @abstractmethod
+    def step(self, rows: Rows, actions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """Act in ``rows``. Actions are already checked to lie in the action space.
+
+        Returns:
+            Rewards, float64 ``(len(rows),)``, and whether each episode ended, bool ``(len(rows),)``.
+        """
+
+    @abstractmethod
+    def info(self, rows: Rows) -> dict[str, npt.NDArray[Any]]:
+        """The infos of ``rows``: an array ``(len(rows),)`` for each key of ``info_types``."""
+
+    @abstractmethod
+    def oracle(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """The best next action of ``rows``, int64 ``(len(rows),)``."""
+
+    @abstractmethod
+    def describe(self, row: int) -> dict[str, Any]:
+        """The episode of ``row`` in words, for people and logs."""
+
+    @abstractmethod
+    def render(self, row: int) -> npt.NDArray[np.uint8]:
+        """The episode of ``row`` as a picture ``(H, W, 3)`` for people."""
