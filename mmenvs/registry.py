@@ -1,0 +1,92 @@
+"""The table of environments. Registration, tests, docs, command line and benchmark all read it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+if TYPE_CHECKING:
+    from mmenvs.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One environment.
+
+    Attributes:
+        id: Gymnasium id, ``MMRL/Name-vN``.
+        task: where its task class is, ``"module:Class"``.
+        tags: what it exercises.
+        kwargs: arguments that differ from the task's defaults.
+        min_score, max_score: bounds of an episode's return.
+    """
+
+    id: str
+    task: str
+    tags: tuple[str, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    min_score: float = 0.0
+    max_score: float = 1.0
+
+
+SPECS: dict[str, Spec] = {}
+
+
+def register(
+    id: str,
+    task: str | type[Task],
+    *,
+    tags: tuple[str, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    min_score: float = 0.0,
+    max_score: float = 1.0,
+) -> None:
+    """Make a task known to Gymnasium and to every tool of this package.
+
+    Args:
+        id: Gymnasium id with a version, such as ``"MMRL/VQA-v0"``.
+        task: a :class:`mmenvs.tasks.base.Task` subclass at the top of a module, or ``"module:Class"``.
+        tags, kwargs, min_score, max_score: see :class:`Spec`.
+    """
+    path = task if isinstance(task, str) else f"{task.__module__}:{task.__qualname__}"
+    SPECS[id] = Spec(id, path, tuple(tags), dict(kwargs or {}), min_score, max_score)
+    gym.register(
+        id,
+        entry_point="mmenvs.env:MultimodalEnv",
+        vector_entry_point="mmenvs.vector:MultimodalVectorEnv",
+        kwargs={"task": path, **(kwargs or {})},
+    )
+
+
+def task_class(id: str) -> type[Task]:
+    """The task class behind an id.
+
+    Raises:
+        gymnasium.error.NameNotFound: if no environment of this suite has the id; names the nearest ones.
+    """
+    if id not in SPECS:
+        near = difflib.get_close_matches(id, SPECS, n=3, cutoff=0.3)
+        raise gym.error.NameNotFound(
+            f"id {id!r} is not in the suite; {'did you mean ' + ' or '.join(near) + '? ' if near else ''}"
+            f"There are {', '.join(SPECS)}"
+        )
+    return load_task(SPECS[id].task)
+
+
+def load_task(path: str) -> type[Task]:
+    """Import ``"module:Class"``."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+register("MMRL/VQA-v0", "mmenvs.tasks.vqa:VQA", tags=("image", "text", "question", "one-step"))
+register("MMRL/Captioning-v0", "mmenvs.tasks.captioning:Captioning", tags=("image", "text", "caption", "sequential"))
+register(
+    "MMRL/AudioVisualMatching-v0",
+    "mmenvs.tasks.audio_visual:AudioVisualMatching",
+    tags=("image", "audio", "matching", "one-step"),
+)

@@ -1,0 +1,288 @@
+"""The native vector environment: n rows of one task, row i equal to a single environment seeded ``seed + i``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from mmenvs.env import load_and_check, new_seed, seed_word, string_space
+from mmenvs.tasks.base import Rows, Task, integer_in, one_of
+
+Observation = dict[str, Any]
+Info = dict[str, Any]
+# References to a buffer that only its pool holds: the list, the loop variable, getrefcount's argument.
+_UNUSED = 3
+
+
+class _Buffers:
+    """Arrays for one observation key, handed out fresh for each step.
+
+    Fresh pages cost as much as the picture in them, so an array is handed out again once nobody holds it
+    or a view of it; whoever keeps an observation keeps it unchanged, as with ``copy=True`` elsewhere.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.pool: list[npt.NDArray[Any]] = []
+
+    def take(self) -> npt.NDArray[Any]:
+        for buffer in self.pool:
+            if sys.getrefcount(buffer) == _UNUSED:
+                return buffer
+        fresh = np.zeros(self.shape, self.dtype)
+        # A rollout that keeps everything must not make the search long: the pool stays small.
+        self.pool = [*self.pool[-3:], fresh]
+        return fresh
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Buffers:
+        return _Buffers(self.shape, self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Buffers, (self.shape, self.dtype)
+
+
+class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any]]):
+    """``num_envs`` episodes of a task side by side. Make it with ``gym.make_vec(id, num_envs=n)``.
+
+    Args:
+        task: task class or ``"module:Class"``; the id brings it along.
+        num_envs: number of rows, at least 1.
+        max_episode_steps: rows that take this many steps without an end are truncated.
+        autoreset_mode: ``"SameStep"`` (default), ``"NextStep"`` or ``"Disabled"``, or Gymnasium's enum.
+        text, render_mode, **kwargs: as for the single environment.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012
+
+    def __init__(
+        self,
+        task: str | type[Task],
+        num_envs: int = 1,
+        *,
+        max_episode_steps: int | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        text: str = "ids",
+        render_mode: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_envs = integer_in("num_envs", num_envs, 1, 2**24)
+        if max_episode_steps is not None:
+            integer_in("max_episode_steps", max_episode_steps, 1, 2**31)
+        one_of("render_mode", render_mode, (None, "rgb_array"))
+        if not isinstance(autoreset_mode, AutoresetMode):
+            one_of("autoreset_mode", autoreset_mode, tuple(mode.value for mode in AutoresetMode))
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.max_episode_steps = max_episode_steps
+        self.render_mode = render_mode
+        self.text = text
+        self.task = load_and_check(task, num_envs, text, kwargs)
+        self.single_action_space = self.task.action_space
+        self.single_observation_space: spaces.Dict = self.task.observation_space
+        if text == "string":
+            self.single_observation_space = string_space(self.task.observation_space, self.task.vocabulary)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._buffers = {
+            key: _Buffers((num_envs, *part.shape), part.dtype) for key, part in self.task.observation_space.items()
+        }
+        self._all: Rows = np.arange(num_envs)
+        self._seeds = np.zeros(num_envs, np.uint64)
+        self._seeded = np.zeros(num_envs, np.bool_)
+        self._episodes = np.zeros(num_envs, np.int64)
+        self._steps = np.zeros(num_envs, np.int64)
+        self._ended = np.ones(num_envs, np.bool_)
+        self._last: dict[str, npt.NDArray[Any]] | None = None
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        """Begin new episodes.
+
+        Args:
+            seed: row i gets ``seed + i``, or ``seed[i]``; None goes on with the streams in use.
+            options: ``{"reset_mask": (num_envs,) bool}`` resets those rows only.
+        """
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        rows = self._masked_rows(options)
+        seeds = [seed] * self.num_envs if seed is None or isinstance(seed, int) else list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed must hold num_envs={self.num_envs} seeds, got {len(seeds)}")
+        if isinstance(seed, int):
+            seeds = [seed + i for i in range(self.num_envs)]
+        if seed is None and self._seeded[rows].all():
+            self._episodes[rows] += 1
+        else:
+            for i in rows:
+                chosen = seeds[i]
+                if chosen is None and self._seeded[i]:
+                    self._episodes[i] += 1
+                    continue
+                if chosen is not None and (isinstance(chosen, bool) or chosen != int(chosen) or chosen < 0):
+                    raise ValueError(f"seed must be a non-negative integer, got {chosen!r}")
+                self._seeds[i] = seed_word(new_seed(self.np_random) if chosen is None else int(chosen))
+                self._seeded[i], self._episodes[i] = True, 0
+        self._begin(rows)
+        return self._publish(self._observe(rows)), self._info(rows)
+
+    def step(
+        self, actions: Any
+    ) -> tuple[Observation, npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.bool_], Info]:
+        """Act in every row.
+
+        Args:
+            actions: ``(num_envs,)`` integers.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset, or with ``DISABLED`` after an end.
+            gymnasium.error.InvalidAction: if an action isn't an integer of the action space; nothing has
+                changed then and the environment goes on working.
+        """
+        actions = self._check_actions(actions)
+        if self._last is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        waiting = self._ended if self.autoreset_mode != AutoresetMode.SAME_STEP else np.zeros_like(self._ended)
+        if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
+            raise gym.error.ResetNeeded(
+                f"rows {np.flatnonzero(waiting).tolist()} have ended: call reset(options={{'reset_mask': mask}})"
+            )
+        rows = np.flatnonzero(~waiting) if waiting.any() else self._all
+        again = np.flatnonzero(waiting)
+        rewards = np.zeros(self.num_envs, np.float64)
+        terminated = np.zeros(self.num_envs, np.bool_)
+        rewards[rows], terminated[rows] = self.task.step(rows, actions[rows])
+        self._steps[rows] += 1
+        truncated = np.zeros(self.num_envs, np.bool_)
+        if self.max_episode_steps is not None:
+            truncated[rows] = self._steps[rows] >= self.max_episode_steps
+        self._ended = terminated | truncated
+        final: Info = {}
+        changed = again
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
+            changed = np.flatnonzero(self._ended)
+            final = self._final(changed)
+        if changed.size:
+            self._episodes[changed] += 1
+            ended = self._ended.copy()
+            self._begin(changed)
+            self._ended = ended if self.autoreset_mode == AutoresetMode.NEXT_STEP else self._ended
+        observation = self._publish(self._observe(changed))
+        return observation, rewards, terminated, truncated, {**final, **self._info(self._all)}
+
+    def oracle_actions(self) -> npt.NDArray[np.int64]:
+        """The best next action of every row, ``(num_envs,)`` int64."""
+        if self._last is None:
+            raise gym.error.ResetNeeded("call reset() before oracle_actions()")
+        return self.task.oracle(self._all)
+
+    def describe(self, row: int) -> dict[str, Any]:
+        """The episode of ``row`` in words."""
+        if self._last is None:
+            raise gym.error.ResetNeeded("call reset() before describe()")
+        return self.task.describe(integer_in("row", row, 0, self.num_envs - 1))
+
+    def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:  # type: ignore[override]
+        """A picture ``(H, W, 3)`` of every row for people, if ``render_mode="rgb_array"``."""
+        if self.render_mode is None:
+            gym.logger.warn('render() without a render mode: make it with render_mode="rgb_array"')
+            return None
+        if self._last is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        return tuple(self.task.render(row) for row in range(self.num_envs))
+
+    def _masked_rows(self, options: dict[str, Any] | None) -> Rows:
+        if options is None or "reset_mask" not in options:
+            return self._all
+        mask = options["reset_mask"]
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            raise TypeError(f"options['reset_mask'] must be a bool array, got {mask!r}")
+        if mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(
+                f"options['reset_mask'] must have shape ({self.num_envs},) and one True at least, got {mask!r}"
+            )
+        if self._last is None and not mask.all():
+            raise gym.error.ResetNeeded("the first reset must reset every row: call reset() without reset_mask")
+        return np.flatnonzero(mask)
+
+    def _check_actions(self, actions: Any) -> npt.NDArray[np.int64]:
+        array = np.asarray(actions)
+        n = int(self.single_action_space.n)
+        if array.shape != (self.num_envs,) or array.dtype.kind not in "iu":
+            raise gym.error.InvalidAction(
+                f"actions must be {self.num_envs} integers from 0 to {n - 1}, "
+                f"got shape {array.shape} and dtype {array.dtype}"
+            )
+        if array.min() < 0 or array.max() >= n:
+            row = int(np.flatnonzero((array < 0) | (array >= n))[0])
+            raise gym.error.InvalidAction(f"actions must be from 0 to {n - 1}, got {array[row]} in row {row}")
+        return array.astype(np.int64, copy=False)
+
+    def _begin(self, rows: Rows) -> None:
+        self.task.start(rows, self._seeds, self._episodes)
+        self._steps[rows] = 0
+        self._ended[rows] = False
+
+    def _observe(self, changed: Rows) -> dict[str, npt.NDArray[Any]]:
+        """Observations of all rows: those of ``changed`` are made, fixed ones of the rest are copied."""
+        last = self._last
+        out = {key: buffers.take() for key, buffers in self._buffers.items()}
+        everything = changed.size == self.num_envs
+        if last is None or everything:
+            self.task.observe(self._all if everything else changed, out)
+            return out
+        fixed = {key: value for key, value in out.items() if key in self.task.fixed}
+        for key, value in fixed.items():
+            np.copyto(value, last[key])
+        if changed.size:
+            self.task.observe(changed, fixed)
+        self.task.observe(self._all, {key: value for key, value in out.items() if key not in fixed})
+        return out
+
+    def _publish(self, out: dict[str, npt.NDArray[Any]]) -> Observation:
+        self._last = out
+        return self._strings(out)
+
+    def _strings(self, out: dict[str, Any]) -> Observation:
+        if self.text == "ids":
+            return dict(out)
+        decode = self.task.vocabulary.decode
+        return {
+            key: tuple(decode(row) for row in value)
+            if isinstance(self.single_observation_space[key], spaces.Text)
+            else value
+            for key, value in out.items()
+        }
+
+    def _final(self, rows: Rows) -> Info:
+        """``final_obs`` and ``final_info`` of the rows that ended, in the form Gymnasium gives them."""
+        last = self._last or {}
+        out = {key: value if key in self.task.fixed else np.empty_like(value) for key, value in last.items()}
+        self.task.observe(rows, {key: value for key, value in out.items() if key not in self.task.fixed})
+        parts = self._strings(out)
+        final = np.full(self.num_envs, None, dtype=object)
+        for i in rows.tolist():
+            final[i] = {key: value[i] for key, value in parts.items()}
+        mask = np.zeros(self.num_envs, np.bool_)
+        mask[rows] = True
+        return {"final_obs": final, "_final_obs": mask, "final_info": self._info(rows), "_final_info": mask.copy()}
+
+    def _info(self, rows: Rows) -> Info:
+        infos: Info = {}
+        mask = np.zeros(self.num_envs, np.bool_)
+        mask[rows] = True
+        for key, value in self.task.info(rows).items():
+            if rows.size == self.num_envs:
+                infos[key] = np.asarray(value, self.task.info_types[key])
+            else:
+                infos[key] = np.zeros(self.num_envs, self.task.info_types[key])
+                infos[key][rows] = value
+            infos[f"_{key}"] = mask.copy()
+        return infos

@@ -1,0 +1,243 @@
+"""Pictures of scenes: anti-aliased sprites drawn once, then composed by compiled kernels."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, uint64
+from PIL import Image, ImageDraw
+
+from mmenvs.world.random import draw, hash2, mix
+from mmenvs.world.scene import DIAMETER, SHAPES, SIZES, TEXTURES, Scenes
+
+# One RGB triple for each of scene.COLOURS.
+PALETTE: npt.NDArray[np.uint8] = np.array(
+    [
+        (228, 30, 38),  # red
+        (255, 132, 0),  # orange
+        (250, 228, 40),  # yellow
+        (30, 180, 50),  # green
+        (60, 220, 232),  # cyan
+        (46, 92, 255),  # blue
+        (186, 50, 222),  # purple
+        (242, 242, 242),  # white
+    ],
+    np.uint8,
+)
+ANGLE_STEP = 3.0  # sprites are drawn for multiples of this many degrees
+_DARK = 0.3  # the dark parts of a texture, as a share of the colour
+_FULL = 128  # weight of an opaque pixel; at most 128, so that weighted bytes add up within 16 bits
+_NOISE_BYTES = 1 << 16
+
+
+class Atlas(NamedTuple):
+    """All sprites at one picture size, grid and rotation; the colour is applied when they are placed.
+
+    The pixel under a sprite becomes ``(background * clear + colour * ink) / 128``: objects never overlap,
+    so the background is one colour. Each weight is stored three times over, once for each channel.
+    """
+
+    ink: npt.NDArray[np.uint8]  # flat (sizes) x (shapes, textures, angles, side, side * 3), 0 to 128
+    clear: npt.NDArray[np.uint8]  # the same shape, 0 to 128
+    start: npt.NDArray[np.int64]  # (2,) where the sprites of each size begin
+    side: npt.NDArray[np.int64]  # (2,) width and height of a sprite of each size, in pixels
+    turns: int  # angles run from -turns to turns, in steps of ANGLE_STEP degrees
+    noise: npt.NDArray[np.uint8]  # random bytes, from which every picture row reads a stretch
+
+
+def side_of(size: int, grid: int, size_class: int) -> int:
+    """Width in pixels of the sprites of one size class (0 small, 1 large) in pictures of ``size`` pixels.
+
+    The 2 % of a cell that ``scene.finish`` keeps free may be used up: rounding whole sprites to whole
+    pixels keeps their order, so neighbours still don't overlap and nothing leaves the picture.
+    """
+    return int((DIAMETER[size_class] + 0.02) * size / grid)
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape in [-1, 1], y pointing down, around its centre of mass.
+
+    All shapes stay in the box when turned by 15 degrees.
+    """
+    if shape in ("circle", "ring"):
+        return [(0.96 * math.cos(t), 0.96 * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 90)]
+    if shape == "square":
+        return [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
+    if shape == "triangle":
+        return [(0.0, -1.0), (0.866, 0.5), (-0.866, 0.5)]
+    if shape == "star":
+        radii = (1.0, 0.4) * 5
+        return [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate(radii)]
+    if shape == "heart":
+        ts = np.linspace(0, 2 * math.pi, 90)
+        xs = 16 * np.sin(ts) ** 3
+        ys = -(13 * np.cos(ts) - 5 * np.cos(2 * ts) - 2 * np.cos(3 * ts) - np.cos(4 * ts))
+        return [(x / 17.5, (y - 1.0) / 17.5) for x, y in zip(xs.tolist(), ys.tolist(), strict=True)]
+    if shape == "cross":
+        a, b = 0.3, 0.95
+        quarter = [(a, -b), (a, -a), (b, -a)]
+        corners = []
+        for _ in range(4):
+            corners += quarter
+            quarter = [(-y, x) for x, y in quarter]
+        return corners
+    return [(0.0, -1.0), (0.6, 0.0), (0.0, 1.0), (-0.6, 0.0)]  # diamond
+
+
+def _turned(points: list[tuple[float, float]], degrees: float) -> list[tuple[float, float]]:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [(c * x + s * y, c * y - s * x) for x, y in points]
+
+
+def _sprite(shape: str, texture: str, side: int, degrees: float) -> tuple[npt.NDArray[np.float64], ...]:
+    """Coverage and darkness of one sprite, each ``(side, side)`` in [0, 1], averaged over fine pixels."""
+    fine = max(4, min(16, 512 // side))
+    n = side * fine
+
+    def polygon(canvas: ImageDraw.ImageDraw, points: list[tuple[float, float]], value: int) -> None:
+        canvas.polygon([((x + 1) * n / 2 - 0.5, (y + 1) * n / 2 - 0.5) for x, y in points], fill=value)
+
+    mask = Image.new("L", (n, n), 0)
+    canvas = ImageDraw.Draw(mask)
+    polygon(canvas, _turned(_outline(shape), degrees), 1)
+    if shape == "ring":
+        polygon(canvas, [(0.5 * x, 0.5 * y) for x, y in _outline(shape)], 0)
+
+    # Stripes and dots repeat four times over the sprite, but never finer than pixels can show.
+    period = 2.0 / max(1.0, min(4.0, side / 4.0))
+    dark = Image.new("L", (n, n), 0)
+    canvas = ImageDraw.Draw(dark)
+    places = [k * period for k in range(-4, 5)]
+    if texture == "striped":
+        for y in places:
+            q = period / 4
+            polygon(canvas, _turned([(-2, y - q), (2, y - q), (2, y + q), (-2, y + q)], degrees), 1)
+    if texture == "dotted":
+        ring = [(0.3 * period * math.cos(t), 0.3 * period * math.sin(t)) for t in np.linspace(0, 6.1, 16)]
+        for cy in places:
+            for cx in places:
+                polygon(canvas, _turned([(cx + x, cy + y) for x, y in ring], degrees), 1)
+
+    inside = np.asarray(mask)
+    both = inside * np.asarray(dark)
+    return tuple(a.reshape(side, fine, side, fine).mean((1, 3)) for a in (inside, both))
+
+
+@lru_cache(maxsize=32)
+def atlas(size: int, grid: int, rotation: float) -> Atlas:
+    """The sprites for pictures of ``size`` pixels, ``grid`` cells a side, turned by up to ``rotation`` degrees."""
+    turns = int(rotation / ANGLE_STEP + 0.5)
+    sides = [side_of(size, grid, s) for s in range(len(SIZES))]
+    ink, clear, start, total = [], [], [], 0
+    for side in sides:
+        start.append(total)
+        for shape in SHAPES:
+            for texture in TEXTURES:
+                for turn in range(-turns, turns + 1):
+                    cover, dark = _sprite(shape, texture, side, turn * ANGLE_STEP)
+                    opaque = np.rint(cover * _FULL)
+                    lit = np.minimum(np.rint((cover - (1 - _DARK) * dark) * _FULL), opaque)
+                    clear.append(np.repeat((_FULL - opaque).astype(np.uint8).ravel(), 3))
+                    ink.append(np.repeat(lit.astype(np.uint8).ravel(), 3))
+                    total += ink[-1].size
+    return Atlas(
+        np.concatenate(ink), np.concatenate(clear), np.array(start), np.array(sides), turns, _noise_bytes()
+    )
+
+
+@lru_cache(maxsize=1)
+def _noise_bytes() -> npt.NDArray[np.uint8]:
+    words = np.zeros(_NOISE_BYTES // 8, np.uint64)
+    _fill_noise(words)
+    # Little-endian on every machine, so that the bytes are the same everywhere.
+    return words.astype("<u8").view(np.uint8)
+
+
+@njit
+def _fill_noise(words):
+    stream = np.zeros(1, np.uint64)
+    for k in range(words.size):
+        words[k] = draw(stream, 0)
+
+
+@njit(inline="always")
+def _byte(value):
+    return np.uint8(min(max(value, 0.0), 255.0) + 0.5)
+
+
+@njit(cache=True, nogil=True)
+def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
+    """Draw scenes ``rows`` into ``out[rows]``, uint8 ``(n, H, W, 3)``, C-contiguous.
+
+    ``noise`` is the half width of the uniform noise of every byte, in grey levels; it depends on the
+    scene's ``noise_key`` alone.
+    """
+    n, height, width = out.shape[0], out.shape[1], out.shape[2]
+    w3 = np.uint64(3 * width)
+    lines = out.reshape(n, height, 3 * width)
+    ground = np.empty(3 * width, np.uint8)
+    paint = np.empty(3 * width, np.uint8)
+    for j in range(rows.size):
+        i = rows[j]
+        bright = scenes.brightness[i]
+        for c in range(3):
+            value = _byte(scenes.background[i, c] * bright)
+            for x in range(c, 3 * width, 3):
+                ground[x] = value
+        for y in range(height):
+            line = lines[i, y]
+            for x in range(w3):
+                line[x] = ground[x]
+        for k in range(scenes.count[i]):
+            _blit(scenes, i, k, atlas, bright, ground, paint, lines[i], width, height)
+        if noise > 0.0:
+            _add_noise(scenes.noise_key[i], atlas.noise, noise, lines[i])
+
+
+@njit(inline="always")
+def _blit(scenes, i, k, atlas, bright, ground, paint, lines, width, height):
+    """Place object ``k`` of scene ``i``."""
+    shape, colour, size, texture = scenes.attributes[i, k]
+    side = atlas.side[size]
+    s3 = np.uint64(3 * side)
+    for c in range(3):
+        value = _byte(PALETTE[colour, c] * bright)
+        for x in range(c, 3 * side, 3):
+            paint[x] = value
+    turn = int(math.floor(scenes.angle[i, k] / ANGLE_STEP + 0.5))
+    turn = min(max(turn, -atlas.turns), atlas.turns) + atlas.turns
+    sprite = (np.int64(shape) * 3 + np.int64(texture)) * (2 * atlas.turns + 1) + turn
+    at = atlas.start[size] + sprite * side * side * 3
+    left = int(math.floor(scenes.x[i, k] * width - 0.5 * side + 0.5))
+    top = int(math.floor(scenes.y[i, k] * height - 0.5 * side + 0.5))
+    # Never written outside the picture, whatever the scene holds.
+    left = min(max(left, 0), width - side)
+    top = min(max(top, 0), height - side)
+    for y in range(side):
+        first = at + y * side * 3
+        ink = atlas.ink[first : first + 3 * side]
+        clear = atlas.clear[first : first + 3 * side]
+        line = lines[top + y, 3 * left : 3 * (left + side)]
+        for x in range(s3):
+            mixed = np.uint16(ground[x]) * np.uint16(clear[x]) + np.uint16(paint[x]) * np.uint16(ink[x])
+            line[x] = np.uint8(np.uint16(mixed) >> np.uint16(7))
+
+
+@njit(inline="always")
+def _add_noise(key, table, half_width, lines):
+    """Add uniform noise: each picture row reads ``table`` from its own random place on."""
+    span = np.uint16(2.0 * half_width + 1.0)
+    half = np.int16(half_width)
+    w3 = np.uint64(lines.shape[1])
+    places = np.uint64(table.size - lines.shape[1])
+    for y in range(lines.shape[0]):
+        place = hash2(key, uint64(y)) % places
+        stretch = table[place : place + w3]
+        line = lines[y]
+        for x in range(w3):
+            value = np.int16(line[x]) + np.int16(np.uint16(np.uint16(stretch[x]) * span) >> np.uint16(8)) - half
+            line[x] = np.uint8(min(max(value, 0), 255))
