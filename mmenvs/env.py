@@ -125,7 +125,9 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
     def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
         """A picture of the episode for people, ``(H, W, 3)`` uint8, if ``render_mode="rgb_array"``."""
         if self.render_mode is None:
-            gym.logger.warn('render() without a render mode: make the environment with render_mode="rgb_array"')
+            gym.logger.warn(
+                'render() without a render mode: make the environment with render_mode="rgb_array"'
+            )
             return None
         self._need_episode()
         return self.task.render(0)
@@ -135,7 +137,9 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
             raise gym.error.ResetNeeded("no episode has begun: call reset() first")
 
     def _observation(self) -> dict[str, Any]:
-        out = {key: np.empty((1, *part.shape), part.dtype) for key, part in self.task.observation_space.items()}
+        out = {
+            key: np.empty((1, *part.shape), part.dtype) for key, part in self.task.observation_space.items()
+        }
         self.task.observe(_ONE, out)
         observation: dict[str, Any] = {key: value[0] for key, value in out.items()}
         for key, part in self.observation_space.items():

@@ -30,11 +30,13 @@ _PAPER = (250, 250, 248)
 _EDGE = (208, 210, 214)
 _MARGIN, _GAP, _FRAME = 16, 14, 5
 _FONT, _LEADING = 19, 27
-_ONE, _MANY = 320, 160  # about how many pixels wide a lone picture is shown, and one of several
+_ONE, _MANY = 320, 192  # about how many pixels wide a lone picture is shown, and one of several
 _TEXT_WIDTH = 400  # of the column beside a lone picture
 _WAVE, _SPECTROGRAM = 56, 104  # heights of the two strips that show a sound
 # Dark to bright, for the spectrogram: position along the ramp, red, green, blue.
-_RAMP = np.array([[0, 10, 8, 30], [0.35, 90, 24, 110], [0.65, 214, 68, 80], [0.85, 250, 160, 60], [1, 252, 246, 190]])
+_RAMP = np.array(
+    [[0, 10, 8, 30], [0.35, 90, 24, 110], [0.65, 214, 68, 80], [0.85, 250, 160, 60], [1, 252, 246, 190]]
+)
 
 
 def panel(
@@ -89,12 +91,15 @@ def panel(
         edge, border = (_EDGE, 1) if mark is None else (COLOURS[mark], _FRAME)
         inner = _FRAME - border
         draw.rectangle(
-            (x + inner, y + inner, x + width + 2 * _FRAME - inner - 1, y + height + 2 * _FRAME - inner - 1), fill=edge
+            (x + inner, y + inner, x + width + 2 * _FRAME - inner - 1, y + height + 2 * _FRAME - inner - 1),
+            fill=edge,
         )
         image.paste(cell, (x + _FRAME, y + _FRAME))
         if not alone:
             label = COLOURS[mark] if mark else COLOURS["grey"]
-            draw.text((x + step_x // 2 - _GAP // 2, y + height + 2 * _FRAME + 3), str(index), label, _font(), "ma")
+            draw.text(
+                (x + step_x // 2 - _GAP // 2, y + height + 2 * _FRAME + 3), str(index), label, _font(), "ma"
+            )
     for number, (text, colour) in enumerate(wrapped):
         draw.text((text_x, text_y + number * _LEADING), text, COLOURS[colour], _font())
     return np.asarray(image)
@@ -153,7 +158,12 @@ def write_gif(path: str | os.PathLike[str], frames: Sequence[Picture], fps: floa
     images = [Image.fromarray(frame) for frame in _same_size(frames)]
     with replacing(path) as temporary:
         images[0].save(
-            temporary, format="GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=round(1000 / fps),
+            loop=0,
         )
     return Path(path)
 
@@ -282,6 +292,8 @@ def _draw_sound(image: Image.Image, audio: npt.NDArray[np.float32], x: int, y: i
     power = np.abs(np.fft.rfft(frames)).T[1:161] ** 2  # up to 5 kHz, where the voices are
     decibel = 10 * np.log10(power + 1e-10)
     bright = np.clip((decibel - decibel.max() + 60) / 60, 0, 1)[::-1]
-    colour = np.stack([np.interp(bright, _RAMP[:, 0], _RAMP[:, 1 + c]) for c in range(3)], -1).astype(np.uint8)
+    colour = np.stack([np.interp(bright, _RAMP[:, 0], _RAMP[:, 1 + c]) for c in range(3)], -1).astype(
+        np.uint8
+    )
     strip = Image.fromarray(colour).resize((width, _SPECTROGRAM), Image.Resampling.BILINEAR)
     image.paste(strip, (x, y + _WAVE + _GAP // 2))

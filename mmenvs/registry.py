@@ -84,7 +84,11 @@ def load_task(path: str) -> type[Task]:
 
 
 register("MMRL/VQA-v0", "mmenvs.tasks.vqa:VQA", tags=("image", "text", "question", "one-step"))
-register("MMRL/Captioning-v0", "mmenvs.tasks.captioning:Captioning", tags=("image", "text", "caption", "sequential"))
+register(
+    "MMRL/Captioning-v0",
+    "mmenvs.tasks.captioning:Captioning",
+    tags=("image", "text", "caption", "sequential"),
+)
 register(
     "MMRL/AudioVisualMatching-v0",
     "mmenvs.tasks.audio_visual:AudioVisualMatching",

@@ -92,7 +92,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._buffers = {
-            key: _Buffers((num_envs, *part.shape), part.dtype) for key, part in self.task.observation_space.items()
+            key: _Buffers((num_envs, *part.shape), part.dtype)
+            for key, part in self.task.observation_space.items()
         }
         self._all: Rows = np.arange(num_envs)
         self._seeds = np.zeros(num_envs, np.uint64)
@@ -149,7 +150,9 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         actions = self._check_actions(actions)
         if self._last is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        waiting = self._ended if self.autoreset_mode != AutoresetMode.SAME_STEP else np.zeros_like(self._ended)
+        waiting = (
+            self._ended if self.autoreset_mode != AutoresetMode.SAME_STEP else np.zeros_like(self._ended)
+        )
         if self.autoreset_mode == AutoresetMode.DISABLED and waiting.any():
             raise gym.error.ResetNeeded(
                 f"rows {np.flatnonzero(waiting).tolist()} have ended: call reset(options={{'reset_mask': mask}})"
@@ -209,7 +212,9 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
                 f"options['reset_mask'] must have shape ({self.num_envs},) and one True at least, got {mask!r}"
             )
         if self._last is None and not mask.all():
-            raise gym.error.ResetNeeded("the first reset must reset every row: call reset() without reset_mask")
+            raise gym.error.ResetNeeded(
+                "the first reset must reset every row: call reset() without reset_mask"
+            )
         return np.flatnonzero(mask)
 
     def _check_actions(self, actions: Any) -> npt.NDArray[np.int64]:
@@ -267,12 +272,21 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         out = {key: value if key in self.task.fixed else np.empty_like(value) for key, value in last.items()}
         self.task.observe(rows, {key: value for key, value in out.items() if key not in self.task.fixed})
         parts = self._strings(out)
+        # One dict a row is Gymnasium's form; filled key by key, that takes half as long as row by row.
+        ended: list[Observation] = [{} for _ in rows]
+        for key, value in parts.items():
+            for row, part in zip(ended, value if rows.size == self.num_envs else (value[i] for i in rows), strict=True):
+                row[key] = part
         final = np.full(self.num_envs, None, dtype=object)
-        for i in rows.tolist():
-            final[i] = {key: value[i] for key, value in parts.items()}
+        final[rows] = ended
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True
-        return {"final_obs": final, "_final_obs": mask, "final_info": self._info(rows), "_final_info": mask.copy()}
+        return {
+            "final_obs": final,
+            "_final_obs": mask,
+            "final_info": self._info(rows),
+            "_final_info": mask.copy(),
+        }
 
     def _info(self, rows: Rows) -> Info:
         infos: Info = {}

@@ -88,7 +88,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def step(self, rows: Rows, actions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def step(
+        self, rows: Rows, actions: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """Act in ``rows``. Actions are already checked to lie in the action space.
 
         Returns:

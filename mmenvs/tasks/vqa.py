@@ -137,7 +137,9 @@ class VQA(Task):
             else:
                 self.source.pictures(self.item[rows], self.image_size, out["image"], rows)
         if "question" in out:
-            words = self.questions.words[rows] if self.source is None else self.source.questions[self.item[rows]]
+            words = (
+                self.questions.words[rows] if self.source is None else self.source.questions[self.item[rows]]
+            )
             out["question"][rows] = words
 
     def step(

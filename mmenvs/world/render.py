@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import njit, uint64
 from PIL import Image, ImageDraw
 
-from mmenvs.world.random import draw, hash2, mix
+from mmenvs.world.random import draw, hash2
 from mmenvs.world.scene import DIAMETER, SHAPES, SIZES, TEXTURES, Scenes
 
 # One RGB triple for each of scene.COLOURS.

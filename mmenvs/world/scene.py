@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint64
 
-from mmenvs.world.random import below, draw, hash2, uniform
+from mmenvs.world.random import below, draw, mix, uniform
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
@@ -81,7 +81,7 @@ def held_out(shape, colour):
     The first four shapes lack two colours each, every colour lacks one shape, so that each value by
     itself is seen in training (the CoGenT condition of CLEVR, Johnson et al. 2017).
     """
-    return shape < 4 and colour % 4 == shape
+    return (shape < 4) & (colour % 4 == shape)
 
 
 @njit(cache=True, nogil=True)
@@ -92,7 +92,7 @@ def content_key(scenes: Scenes, i: int) -> int:
         packed = uint64(scenes.cell[i, k])
         for a in range(4):
             packed = packed * uint64(16) + uint64(scenes.attributes[i, k, a])
-        h = hash2(h, packed)
+        h = mix(h + packed)
     return h
 
 
@@ -105,8 +105,7 @@ def in_split(scenes: Scenes, i: int, split: int) -> bool:
     """
     novel = False
     for k in range(scenes.count[i]):
-        if held_out(scenes.attributes[i, k, 0], scenes.attributes[i, k, 1]):
-            novel = True
+        novel |= held_out(scenes.attributes[i, k, 0], scenes.attributes[i, k, 1])
     if split == 3:
         return novel
     if novel:

@@ -1,0 +1,288 @@
+"""What every environment of the suite promises, for all ids, splits and levels."""
+
+import copy
+import pickle
+import re
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmenvs
+from mmenvs.registry import task_class
+from mmenvs.tasks.base import Task
+from mmenvs.world.scene import SPLITS
+
+IDS = ["MMRL/VQA-v0"]
+every_id = pytest.mark.parametrize("id", IDS)
+every_split = pytest.mark.parametrize("split", SPLITS)
+every_level = pytest.mark.parametrize("difficulty", range(4))
+
+
+def same(a, b):
+    """Equal to the byte, with the same types, however deep; dicts in any order of keys."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and set(a) == set(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple | list) or (isinstance(a, np.ndarray) and a.dtype == object):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and a == b
+
+
+def rollout(env, seed, steps, generator):
+    result = [env.reset(seed=seed)]
+    for _ in range(steps):
+        action = int(generator.integers(env.action_space.n))
+        result.append(env.step(action))
+        if result[-1][2] or result[-1][3]:
+            result.append(env.reset())
+    return result
+
+
+@every_id
+@every_level
+def test_checker_finds_nothing(id, difficulty):
+    env = gym.make(id, difficulty=difficulty, render_mode="rgb_array", disable_env_checker=True)
+    check_env(env.unwrapped)
+    assert env.unwrapped.render().dtype == np.uint8
+
+
+@every_id
+@every_split
+def test_same_seed_same_rollout(id, split):
+    runs = [rollout(gym.make(id, split=split), 7, 12, np.random.default_rng(0)) for _ in range(2)]
+    assert same(*runs)
+    other = rollout(gym.make(id, split=split), 8, 12, np.random.default_rng(0))
+    assert not same(runs[0], other)
+
+
+@every_id
+def test_neighbouring_seeds_share_no_episode(id):
+    def first_words(seed):
+        env = gym.make(id)
+        episodes = []
+        env.reset(seed=seed)
+        for _ in range(30):
+            observation, _ = env.reset()
+            episodes.append(observation[min(observation, key=lambda k: -observation[k].nbytes)].tobytes())
+        return set(episodes)
+
+    assert not first_words(0) & first_words(1)
+
+
+@every_id
+def test_pickle_and_deepcopy_go_on_as_the_original(id):
+    env = gym.make(id, difficulty=1)
+    env.reset(seed=3)
+    twins = [env, copy.deepcopy(env), pickle.loads(pickle.dumps(env))]
+    runs = []
+    for twin in twins:
+        runs.append([twin.step(1), twin.reset(), twin.step(0)])
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
+
+
+@every_id
+@every_split
+@every_level
+def test_oracle_reaches_the_upper_bound(id, split, difficulty):
+    envs = gym.make_vec(id, num_envs=32, split=split, difficulty=difficulty)
+    envs.reset(seed=11)
+    finished = np.zeros(32, int)
+    for _ in range(200):
+        _, rewards, ended, _, infos = envs.step(envs.oracle_actions())
+        assert np.allclose(rewards[ended], mmenvs.SPECS[id].max_score)
+        if ended.any():
+            assert infos["final_info"]["is_success"][ended].all()
+        finished += ended
+        if (finished >= 2).all():
+            return
+    pytest.fail(f"episodes did not end: {finished}")
+
+
+@every_id
+@every_level
+def test_random_agent_is_near_chance(id, difficulty):
+    envs = gym.make_vec(id, num_envs=256, difficulty=difficulty)
+    envs.reset(seed=1)
+    generator, scores = np.random.default_rng(0), []
+    for _ in range(60):
+        _, rewards, ended, _, _ = envs.step(generator.integers(envs.single_action_space.n, size=256))
+        scores.extend(rewards[ended])
+    # One of K pictures, of 34 answers, or a caption of random words.
+    assert np.mean(scores) < {"MMRL/AudioVisualMatching-v0": 0.29}.get(id, 0.12)
+
+
+@every_id
+def test_infos_have_constant_keys_and_hide_the_answer(id):
+    env = gym.make(id)
+    _, info = env.reset(seed=0)
+    keys, ended = list(info), False
+    while not ended:
+        assert info["is_success"] is False
+        if "answer" in info:
+            assert info["answer"] == -1
+        assert "answer" not in env.unwrapped.describe()
+        _, _, ended, _, info = env.step(env.unwrapped.oracle_action())
+        assert list(info) == keys
+    assert info["is_success"] is True
+    assert "answer" in env.unwrapped.describe()
+    assert not {"episode", "final_obs", "final_info", "terminal_observation"} & set(keys)
+
+
+@every_id
+def test_nothing_but_the_stream_is_random(id):
+    np.random.seed(0)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    env = gym.make(id)
+    state = env.unwrapped.task.streams.copy()
+    env.reset(seed=5)
+    env.step(0)
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    assert not state.any()
+
+
+@every_id
+def test_observation_stays_as_it_was(id):
+    env = gym.make(id)
+    first, _ = env.reset(seed=0)
+    kept = copy.deepcopy(first)
+    env.step(1)
+    env.reset()
+    assert same(first, kept)
+
+
+@every_id
+def test_text_as_strings(id):
+    env = gym.make(id, text="string")
+    check_env(env.unwrapped, skip_render_check=True)
+    envs = gym.make_vec(id, num_envs=3, text="string")
+    observation, _ = envs.reset(seed=0)
+    single, _ = env.reset(seed=0)
+    for key, value in single.items():
+        assert same(observation[key][0], value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    id=st.sampled_from(IDS),
+    half=st.integers(16, 128),
+    difficulty=st.integers(0, 3),
+    split=st.sampled_from(SPLITS),
+    seed=st.integers(0, 2**70),
+)
+def test_any_setting_gives_members_of_its_spaces(id, half, difficulty, split, seed):
+    env = gym.make(id, image_size=2 * half, difficulty=difficulty, split=split, disable_env_checker=True)
+    observation, _ = env.reset(seed=seed)
+    assert env.observation_space.contains(observation)
+    action = env.unwrapped.oracle_action()
+    assert env.action_space.contains(action)
+    assert env.observation_space.contains(env.step(action)[0])
+
+
+@every_id
+@pytest.mark.parametrize(
+    "kwargs, error, says",
+    [
+        ({"difficulty": 4}, ValueError, "difficulty must be from 0 to 3, got 4"),
+        ({"difficulty": "hard"}, TypeError, "difficulty"),
+        ({"difficulty": True}, TypeError, "difficulty"),
+        ({"split": "dev"}, ValueError, "'compositional'"),
+        ({"image_size": 31}, ValueError, "image_size must be from 32 to 512, got 31"),
+        ({"image_size": 33}, ValueError, "even"),
+        ({"image_size": 64.0}, TypeError, "image_size"),
+        ({"text": "words"}, ValueError, "text must be one of 'ids', 'string'"),
+        ({"render_mode": "ascii"}, ValueError, "render_mode"),
+        ({"colour": "red"}, TypeError, "colour"),
+    ],
+)
+def test_bad_settings_are_named(id, kwargs, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        mmenvs.env.MultimodalEnv(mmenvs.SPECS[id].task, **kwargs)
+    with pytest.raises(error, match=re.escape(says)):
+        mmenvs.vector.MultimodalVectorEnv(mmenvs.SPECS[id].task, 2, **kwargs)
+
+
+@every_id
+@pytest.mark.parametrize("action", [-1, 10**6, 0.5, float("nan"), "yes", None, [0]])
+def test_bad_actions_are_named_and_change_nothing(id, action):
+    env = gym.make(id).unwrapped
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    with pytest.raises(gym.error.InvalidAction, match="action must be an integer from 0 to"):
+        env.step(action)
+    env.step(env.oracle_action())
+
+
+@every_id
+def test_step_after_the_end_is_an_error(id):
+    env = gym.make(id).unwrapped
+    env.reset(seed=0)
+    ended = False
+    while not ended:
+        ended = env.step(env.oracle_action())[2]
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+
+
+@every_id
+def test_docstring_holds_to_the_code(id):
+    cls = task_class(id)
+    doc = cls.__doc__
+    for heading in (
+        "Description",
+        "Observation Space",
+        "Action Space",
+        "Rewards",
+        "Starting State",
+        "Episode End",
+        "Information",
+        "Arguments",
+        "References",
+        "Version History",
+    ):
+        assert f"## {heading}\n" in doc, heading
+    task: Task = cls(1)
+
+    def table(heading):
+        part = doc.split(f"## {heading}\n")[1].split("## ")[0]
+        return re.findall(r"^\s*\| `(\w+)` \| `?([^|`]+)`? \|", part, re.M)
+
+    assert [key for key, _ in table("Observation Space")] == list(task.observation_space)
+    for key, space in table("Observation Space"):
+        assert str(task.observation_space[key].dtype) in space
+    assert {key: kind.strip() for key, kind in table("Information")} == {
+        key: kind.__name__ for key, kind in task.info_types.items()
+    }
+    assert f"Discrete({task.action_space.n})" in doc.split("## Action Space\n")[1].split("## ")[0]
+    arguments = doc.split("## Arguments\n")[1].split("## ")[0]
+    import inspect
+
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name not in ("self", "num_envs"):
+            default = parameter.default
+            shown = f'"{default}"' if isinstance(default, str) else default
+            assert f"`{name}={shown}`" in arguments
+
+
+def test_import_is_light():
+    code = "import sys, mmenvs; print([m for m in ('torch', 'transformers', 'stable_baselines3') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_make_imports_the_package_by_itself():
+    code = "import gymnasium as gym; gym.make('mmenvs:MMRL/VQA-v0').reset(seed=0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_id_names_the_nearest():
+    with pytest.raises(gym.error.NameNotFound, match="MMRL/VQA-v0"):
+        task_class("MMRL/VQ-v0")

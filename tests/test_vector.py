@@ -1,0 +1,210 @@
+"""The native vector environment: parity with single ones and with Gymnasium's own, autoreset, robustness."""
+
+import copy
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from tests.test_env import every_id, every_level, every_split, same
+
+N = 4
+
+
+def vector_kwargs(mode):
+    return {"vector_kwargs": {"autoreset_mode": mode}}
+
+
+def play(envs, steps, generator, lead=None):
+    """Reset and act at random, sometimes as the oracle; every answer of the environment."""
+    result = [envs.reset(seed=21)]
+    actions = []
+    for t in range(steps):
+        action = generator.integers(envs.single_action_space.n, size=envs.num_envs) if lead is None else lead[t]
+        if lead is None and t % 3 == 0:
+            action = envs.oracle_actions()
+        actions.append(action)
+        result.append(envs.step(action))
+    return result, actions
+
+
+@every_id
+@every_level
+def test_rows_equal_single_environments(id, difficulty):
+    envs = gym.make_vec(id, num_envs=N, difficulty=difficulty)
+    results, actions = play(envs, 40, np.random.default_rng(0))
+    for i in range(N):
+        env = gym.make(id, difficulty=difficulty)
+        observation, info = env.reset(seed=21 + i)
+        row = {k: v[i] for k, v in results[0][0].items()}
+        assert same(row, observation)
+        for action, (got, rewards, terminated, truncated, infos) in zip(actions, results[1:], strict=True):
+            observation, reward, end, cut, info = env.step(int(action[i]))
+            assert (rewards[i], terminated[i], truncated[i]) == (reward, end, cut)
+            if end or cut:
+                assert same(infos["final_obs"][i], observation)
+                assert all(infos["final_info"][k][i] == v for k, v in info.items())
+                observation, info = env.reset()
+            assert same({k: v[i] for k, v in got.items()}, observation)
+            assert all(infos[k][i] == v and infos[f"_{k}"][i] for k, v in info.items())
+
+
+@every_id
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+@pytest.mark.parametrize("max_episode_steps", [None, 2])
+def test_equal_to_sync(id, mode, max_episode_steps):
+    native = gym.make_vec(id, num_envs=N, autoreset_mode=mode, max_episode_steps=max_episode_steps)
+    sync = gym.make_vec(
+        id, num_envs=N, vectorization_mode="sync", max_episode_steps=max_episode_steps, **vector_kwargs(mode)
+    )
+    assert native.observation_space == sync.observation_space
+    assert native.action_space == sync.action_space
+    results, actions = play(native, 40, np.random.default_rng(1))
+    expected, _ = play(sync, 40, None, actions)
+    for got, wanted in zip(results, expected, strict=True):
+        assert same(got, wanted)
+
+
+@every_id
+def test_equal_to_async(id):
+    native = gym.make_vec(id, num_envs=N)
+    other = gym.make_vec(
+        id, num_envs=N, vectorization_mode="async", **vector_kwargs(AutoresetMode.SAME_STEP)
+    )
+    results, actions = play(native, 20, np.random.default_rng(2))
+    expected, _ = play(other, 20, None, actions)
+    other.close()
+    for got, wanted in zip(results, expected, strict=True):
+        assert same(got, wanted)
+
+
+@every_id
+def test_disabled_autoreset_equal_to_sync(id):
+    mode = AutoresetMode.DISABLED
+    native = gym.make_vec(id, num_envs=N, autoreset_mode="Disabled")
+    sync = gym.make_vec(id, num_envs=N, vectorization_mode="sync", **vector_kwargs(mode))
+    assert same(native.reset(seed=3), sync.reset(seed=3))
+    generator = np.random.default_rng(0)
+    for t in range(40):
+        actions = native.oracle_actions() if t % 2 else generator.integers(native.single_action_space.n, size=N)
+        got, wanted = native.step(actions), sync.step(actions)
+        assert same(got, wanted)
+        ended = got[2] | got[3]
+        if ended.any():
+            with pytest.raises(gym.error.ResetNeeded, match="reset_mask"):
+                native.step(actions)
+            mask = {"reset_mask": ended}
+            assert same(native.reset(options=dict(mask)), sync.reset(options=dict(mask)))
+
+
+@every_id
+@every_split
+def test_every_split_and_row_of_its_own(id, split):
+    envs = gym.make_vec(id, num_envs=64, split=split)
+    observation, _ = envs.reset(seed=0)
+    key = "audio" if "audio" in observation else "image"
+    assert len({row.tobytes() for row in observation[key]}) > 60
+
+
+@every_id
+def test_pickle_and_deepcopy(id):
+    envs = gym.make_vec(id, num_envs=N)
+    envs.reset(seed=0)
+    envs.step(envs.oracle_actions())
+    twins = [envs, copy.deepcopy(envs), pickle.loads(pickle.dumps(envs))]
+    results = [[twin.step(twin.oracle_actions()) for _ in range(3)] for twin in twins]
+    for result in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@every_id
+def test_observations_that_are_kept_never_change(id):
+    envs = gym.make_vec(id, num_envs=N)
+    kept = [envs.reset(seed=0)[0]]
+    copies = [copy.deepcopy(kept[0])]
+    for _ in range(12):
+        observation = envs.step(envs.oracle_actions())[0]
+        kept.append({k: v[1:2] for k, v in observation.items()})
+        copies.append(copy.deepcopy(kept[-1]))
+    assert all(same(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+@every_id
+@pytest.mark.parametrize(
+    "actions",
+    [
+        np.full(N, -1),
+        np.full(N, 10**6),
+        np.full(N, 0.0),
+        np.full(N, np.nan),
+        np.zeros(N + 1, int),
+        np.zeros((N, 1), int),
+        [None] * N,
+        "yes",
+        0,
+    ],
+)
+def test_bad_actions_leave_everything_as_it_was(id, actions):
+    envs, twin = (gym.make_vec(id, num_envs=N) for _ in range(2))
+    with pytest.raises(gym.error.ResetNeeded):
+        envs.step(np.zeros(N, int))
+    envs.reset(seed=0)
+    twin.reset(seed=0)
+    with pytest.raises(gym.error.InvalidAction, match="actions must be"):
+        envs.step(actions)
+    assert same(envs.step(envs.oracle_actions()), twin.step(twin.oracle_actions()))
+
+
+@every_id
+@pytest.mark.parametrize(
+    "call, error, says",
+    [
+        (lambda e: e.reset(seed=[1, 2]), ValueError, "num_envs=4"),
+        (lambda e: e.reset(seed=[1, 2, 3, -4]), ValueError, "non-negative"),
+        (lambda e: e.reset(options={"reset_mask": [True] * N}), TypeError, "bool array"),
+        (lambda e: e.reset(options={"reset_mask": np.zeros(N, bool)}), ValueError, "one True"),
+        (lambda e: e.reset(options={"reset_mask": np.ones(2, bool)}), ValueError, "shape"),
+        (lambda e: e.describe(N), ValueError, "row"),
+    ],
+)
+def test_bad_resets_are_named(id, call, error, says):
+    envs = gym.make_vec(id, num_envs=N)
+    envs.reset(seed=0)
+    with pytest.raises(error, match=says):
+        call(envs)
+    envs.step(envs.oracle_actions())
+
+
+def test_bad_construction_is_named():
+    from mmenvs.tasks.vqa import VQA
+    from mmenvs.vector import MultimodalVectorEnv
+
+    for kwargs, says in (
+        ({"num_envs": 0}, "num_envs"),
+        ({"autoreset_mode": "never"}, "autoreset_mode"),
+        ({"max_episode_steps": 0}, "max_episode_steps"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            MultimodalVectorEnv(VQA, **kwargs)
+
+
+@every_id
+def test_seeds_per_row_and_without_seed(id):
+    envs = gym.make_vec(id, num_envs=3)
+    several, _ = envs.reset(seed=[5, None, 5])
+    assert all(same(v[0], v[2]) for v in several.values())
+    unseeded = gym.make_vec(id, num_envs=3)
+    observation, _ = unseeded.reset()
+    key = "audio" if "audio" in observation else "image"
+    assert len({row.tobytes() for row in observation[key]}) == 3
+
+
+@every_id
+def test_render_shows_every_row(id):
+    envs = gym.make_vec(id, num_envs=2, render_mode="rgb_array")
+    envs.reset(seed=0)
+    pictures = envs.render()
+    assert len(pictures) == 2
+    assert all(p.dtype == np.uint8 and p.ndim == 3 and p.std() > 0 for p in pictures)
