@@ -13,9 +13,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-import mmenvs
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import integer_in, one_of
+from mmenvs.vector import MultimodalVectorEnv
 from mmenvs.world.scene import SPLITS
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -137,7 +137,7 @@ def evaluate(
     num_envs = min(integer_in("num_envs", num_envs, 1, 2**20), episodes)
     begin = time.perf_counter()
     made = gym.make_vec(id, num_envs=num_envs, **{**(env_kwargs or {}), "split": split})
-    envs: mmenvs.vector.MultimodalVectorEnv = made  # type: ignore[assignment]
+    envs: MultimodalVectorEnv = made  # type: ignore[assignment]
     try:
         predict = _predictor(agent, envs, seed)
         returns, lengths, successes, types = _play(predict, envs, episodes, seed, deterministic)
@@ -167,7 +167,7 @@ def evaluate(
     )
 
 
-def _predictor(agent: Any, envs: mmenvs.vector.MultimodalVectorEnv, seed: int) -> Callable[..., Any]:
+def _predictor(agent: Any, envs: MultimodalVectorEnv, seed: int) -> Callable[..., Any]:
     if isinstance(agent, str):
         one_of("agent", agent, ("random", "oracle"))
         if agent == "oracle":
@@ -186,7 +186,7 @@ def _predictor(agent: Any, envs: mmenvs.vector.MultimodalVectorEnv, seed: int) -
 
 def _play(
     predict: Callable[..., Any],
-    envs: mmenvs.vector.MultimodalVectorEnv,
+    envs: MultimodalVectorEnv,
     episodes: int,
     seed: int,
     deterministic: bool,

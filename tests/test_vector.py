@@ -22,7 +22,9 @@ def play(envs, steps, generator, lead=None):
     result = [envs.reset(seed=21)]
     actions = []
     for t in range(steps):
-        action = generator.integers(envs.single_action_space.n, size=envs.num_envs) if lead is None else lead[t]
+        action = (
+            generator.integers(envs.single_action_space.n, size=envs.num_envs) if lead is None else lead[t]
+        )
         if lead is None and t % 3 == 0:
             action = envs.oracle_actions()
         actions.append(action)
@@ -70,9 +72,7 @@ def test_equal_to_sync(id, mode, max_episode_steps):
 @every_id
 def test_equal_to_async(id):
     native = gym.make_vec(id, num_envs=N)
-    other = gym.make_vec(
-        id, num_envs=N, vectorization_mode="async", **vector_kwargs(AutoresetMode.SAME_STEP)
-    )
+    other = gym.make_vec(id, num_envs=N, vectorization_mode="async", **vector_kwargs(AutoresetMode.SAME_STEP))
     results, actions = play(native, 20, np.random.default_rng(2))
     expected, _ = play(other, 20, None, actions)
     other.close()
@@ -88,7 +88,9 @@ def test_disabled_autoreset_equal_to_sync(id):
     assert same(native.reset(seed=3), sync.reset(seed=3))
     generator = np.random.default_rng(0)
     for t in range(40):
-        actions = native.oracle_actions() if t % 2 else generator.integers(native.single_action_space.n, size=N)
+        actions = (
+            native.oracle_actions() if t % 2 else generator.integers(native.single_action_space.n, size=N)
+        )
         got, wanted = native.step(actions), sync.step(actions)
         assert same(got, wanted)
         ended = got[2] | got[3]

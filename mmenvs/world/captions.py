@@ -24,13 +24,7 @@ from numba import njit, uint64
 from mmenvs.text import END, PAD
 from mmenvs.world.random import below, hash2
 from mmenvs.world.scene import COLOURS, MAX_OBJECTS, SHAPES, SIZES, TEXTURES, Level, Scenes
-from mmenvs.world.words import (
-    FIRST_COLOUR,
-    FIRST_SHAPE,
-    FIRST_SIZE,
-    FIRST_TEXTURE,
-    VOCABULARY,
-)
+from mmenvs.world.words import FIRST_COLOUR, FIRST_SHAPE, FIRST_SIZE, FIRST_TEXTURE, VOCABULARY
 
 RELATIONS = ("left", "right", "above", "below")
 _A, _AN, _AND, _OF = (VOCABULARY.id(word) for word in ("a", "an", "and", "of"))
@@ -283,10 +277,10 @@ def scan(ids, mentions, relations):
 @njit(inline="always")
 def _agrees(mention, scenes, i, k):
     """Whether nothing that the mention tells is wrong of object ``k``."""
+    fits = True
     for a in range(4):
-        if mention[a] >= 0 and mention[a] != scenes.attributes[i, k, a]:
-            return False
-    return True
+        fits &= (mention[a] < 0) | (mention[a] == scenes.attributes[i, k, a])
+    return fits
 
 
 @njit(cache=True, nogil=True)

@@ -331,8 +331,7 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
             questions.attribute[q] = a
             other = (scenes.attributes[i, j, a] + 1 + below(streams, row, _N_VALUES[a] - 1)) % _N_VALUES[a]
             scenes.attributes[i, k, a] = scenes.attributes[i, j, a] if wanted == _YES else other
-        _avoid(scenes, i, -1, d1, streams, row)
-        _avoid(scenes, i, -1, d2, streams, row)
+        _place_counts(scenes, i, d1, d2, 0, 0, streams, row)
         _set(scenes, i, j, d1)
         _set(scenes, i, k, d2)
     elif kind == _COUNTS:

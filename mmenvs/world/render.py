@@ -31,22 +31,25 @@ PALETTE: npt.NDArray[np.uint8] = np.array(
 ANGLE_STEP = 3.0  # sprites are drawn for multiples of this many degrees
 _DARK = 0.3  # the dark parts of a texture, as a share of the colour
 _FULL = 128  # weight of an opaque pixel; at most 128, so that weighted bytes add up within 16 bits
-_NOISE_BYTES = 1 << 16
+_NOISE_BYTES = 1 << 14
+# Sprites are placed this many bytes at a time: a loop of known length compiles to a few vector instructions.
+BLOCK = 32
 
 
 class Atlas(NamedTuple):
     """All sprites at one picture size, grid and rotation; the colour is applied when they are placed.
 
-    The pixel under a sprite becomes ``(background * clear + colour * ink) / 128``: objects never overlap,
-    so the background is one colour. Each weight is stored three times over, once for each channel.
+    A byte under a sprite becomes ``(byte * clear + colour * ink) / 128``. Each weight is stored three
+    times over, once for each channel, and lines are padded to whole blocks that change nothing.
     """
 
-    ink: npt.NDArray[np.uint8]  # flat (sizes) x (shapes, textures, angles, side, side * 3), 0 to 128
+    ink: npt.NDArray[np.uint8]  # flat (sizes) x (shapes, textures, angles, side, line), 0 to 128
     clear: npt.NDArray[np.uint8]  # the same shape, 0 to 128
     start: npt.NDArray[np.int64]  # (2,) where the sprites of each size begin
     side: npt.NDArray[np.int64]  # (2,) width and height of a sprite of each size, in pixels
+    line: npt.NDArray[np.int64]  # (2,) bytes in a line of a sprite of each size, a multiple of BLOCK
     turns: int  # angles run from -turns to turns, in steps of ANGLE_STEP degrees
-    noise: npt.NDArray[np.uint8]  # random bytes, from which every picture row reads a stretch
+    noise: npt.NDArray[np.uint8]  # random bytes, of which every picture line reads a stretch
 
 
 def side_of(size: int, grid: int, size_class: int) -> int:
@@ -129,23 +132,32 @@ def _sprite(shape: str, texture: str, side: int, degrees: float) -> tuple[npt.ND
 
 @lru_cache(maxsize=32)
 def atlas(size: int, grid: int, rotation: float) -> Atlas:
-    """The sprites for pictures of ``size`` pixels, ``grid`` cells a side, turned by up to ``rotation`` degrees."""
+    """The sprites for pictures of ``size`` pixels with ``grid`` cells a side, turned by up to ``rotation`` degrees."""
     turns = int(rotation / ANGLE_STEP + 0.5)
     sides = [side_of(size, grid, s) for s in range(len(SIZES))]
-    ink, clear, start, total = [], [], [], 0
-    for side in sides:
-        start.append(total)
+    lines = [-(-3 * side // BLOCK) * BLOCK for side in sides]
+    inks, clears, start = [], [], []
+    for side, line in zip(sides, lines, strict=True):
+        start.append(sum(ink.size for ink in inks))
         for shape in SHAPES:
             for texture in TEXTURES:
                 for turn in range(-turns, turns + 1):
                     cover, dark = _sprite(shape, texture, side, turn * ANGLE_STEP)
-                    opaque = np.rint(cover * _FULL)
-                    lit = np.minimum(np.rint((cover - (1 - _DARK) * dark) * _FULL), opaque)
-                    clear.append(np.repeat((_FULL - opaque).astype(np.uint8).ravel(), 3))
-                    ink.append(np.repeat(lit.astype(np.uint8).ravel(), 3))
-                    total += ink[-1].size
+                    ink = np.zeros((side, line), np.uint8)
+                    clear = np.full((side, line), _FULL, np.uint8)
+                    clear[:, : 3 * side] -= np.repeat(np.rint(cover * _FULL).astype(np.uint8), 3, axis=1)
+                    lit = np.rint((cover - (1 - _DARK) * dark) * _FULL).astype(np.uint8)
+                    ink[:, : 3 * side] = np.repeat(lit, 3, axis=1)
+                    inks.append(ink.ravel())
+                    clears.append(clear.ravel())
     return Atlas(
-        np.concatenate(ink), np.concatenate(clear), np.array(start), np.array(sides), turns, _noise_bytes()
+        np.concatenate(inks),
+        np.concatenate(clears),
+        np.array(start),
+        np.array(sides),
+        np.array(lines),
+        turns,
+        _noise_bytes(),
     )
 
 
@@ -177,67 +189,77 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     scene's ``noise_key`` alone.
     """
     n, height, width = out.shape[0], out.shape[1], out.shape[2]
-    w3 = np.uint64(3 * width)
-    lines = out.reshape(n, height, 3 * width)
-    ground = np.empty(3 * width, np.uint8)
-    paint = np.empty(3 * width, np.uint8)
+    w3 = uint64(3 * width)
+    lines = out.reshape(n * height, 3 * width)
+    # Composed in a small canvas that stays in the cache; what sprites pad their lines with hangs over its right.
+    stride = uint64(3 * width + BLOCK)
+    canvas = np.empty((height, stride), np.uint8)
+    flat = canvas.ravel()
+    paint = np.empty(3 * BLOCK, np.uint8)
+    # Noise is what is added, saturating, and then what is taken away: one of the two is 0.
+    more = np.zeros(atlas.noise.size, np.uint8)
+    less = np.zeros(atlas.noise.size, np.uint8)
+    if noise > 0.0:
+        for b in range(atlas.noise.size):
+            grey = int(atlas.noise[b]) * int(2.0 * noise + 1.0) // 256 - int(noise)
+            more[b] = max(grey, 0)
+            less[b] = max(-grey, 0)
+    places = uint64(atlas.noise.size - 3 * width)
+
     for j in range(rows.size):
         i = rows[j]
         bright = scenes.brightness[i]
         for c in range(3):
             value = _byte(scenes.background[i, c] * bright)
             for x in range(c, 3 * width, 3):
-                ground[x] = value
-        for y in range(height):
-            line = lines[i, y]
+                flat[x] = value
+        for y in range(1, height):
             for x in range(w3):
-                line[x] = ground[x]
+                canvas[y, x] = flat[x]
         for k in range(scenes.count[i]):
-            _blit(scenes, i, k, atlas, bright, ground, paint, lines[i], width, height)
-        if noise > 0.0:
-            _add_noise(scenes.noise_key[i], atlas.noise, noise, lines[i])
+            _blit(scenes, i, k, atlas, bright, paint, flat, stride, width, height)
+        for y in range(height):
+            line = lines[i * height + y]
+            if noise > 0.0:
+                place = hash2(scenes.noise_key[i], uint64(y)) % places
+                for x in range(w3):
+                    old = canvas[y, x]
+                    high = np.uint8(old + more[place + x])
+                    high = np.uint8(255) if high < old else high
+                    low = less[place + x]
+                    line[x] = np.uint8(high - low) if high > low else np.uint8(0)
+            else:
+                for x in range(w3):
+                    line[x] = canvas[y, x]
 
 
 @njit(inline="always")
-def _blit(scenes, i, k, atlas, bright, ground, paint, lines, width, height):
-    """Place object ``k`` of scene ``i``."""
-    shape, colour, size, texture = scenes.attributes[i, k]
+def _blit(scenes, i, k, atlas, bright, paint, flat, stride, width, height):
+    """Place object ``k`` of scene ``i`` on the canvas."""
+    size = scenes.attributes[i, k, 2]
     side = atlas.side[size]
-    s3 = np.uint64(3 * side)
     for c in range(3):
-        value = _byte(PALETTE[colour, c] * bright)
-        for x in range(c, 3 * side, 3):
+        value = _byte(PALETTE[scenes.attributes[i, k, 1], c] * bright)
+        for x in range(c, 3 * BLOCK, 3):
             paint[x] = value
     turn = int(math.floor(scenes.angle[i, k] / ANGLE_STEP + 0.5))
     turn = min(max(turn, -atlas.turns), atlas.turns) + atlas.turns
-    sprite = (np.int64(shape) * 3 + np.int64(texture)) * (2 * atlas.turns + 1) + turn
-    at = atlas.start[size] + sprite * side * side * 3
+    look = int(scenes.attributes[i, k, 0]) * len(TEXTURES) + int(scenes.attributes[i, k, 3])
+    line = uint64(atlas.line[size])
+    source = uint64(atlas.start[size] + (look * (2 * atlas.turns + 1) + turn) * side * atlas.line[size])
+    # Clamped so that nothing is ever written outside the picture, whatever the scene holds.
     left = int(math.floor(scenes.x[i, k] * width - 0.5 * side + 0.5))
     top = int(math.floor(scenes.y[i, k] * height - 0.5 * side + 0.5))
-    # Never written outside the picture, whatever the scene holds.
     left = min(max(left, 0), width - side)
     top = min(max(top, 0), height - side)
-    for y in range(side):
-        first = at + y * side * 3
-        ink = atlas.ink[first : first + 3 * side]
-        clear = atlas.clear[first : first + 3 * side]
-        line = lines[top + y, 3 * left : 3 * (left + side)]
-        for x in range(s3):
-            mixed = np.uint16(ground[x]) * np.uint16(clear[x]) + np.uint16(paint[x]) * np.uint16(ink[x])
-            line[x] = np.uint8(np.uint16(mixed) >> np.uint16(7))
-
-
-@njit(inline="always")
-def _add_noise(key, table, half_width, lines):
-    """Add uniform noise: each picture row reads ``table`` from its own random place on."""
-    span = np.uint16(2.0 * half_width + 1.0)
-    half = np.int16(half_width)
-    w3 = np.uint64(lines.shape[1])
-    places = np.uint64(table.size - lines.shape[1])
-    for y in range(lines.shape[0]):
-        place = hash2(key, uint64(y)) % places
-        stretch = table[place : place + w3]
-        line = lines[y]
-        for x in range(w3):
-            value = np.int16(line[x]) + np.int16(np.uint16(np.uint16(stretch[x]) * span) >> np.uint16(8)) - half
-            line[x] = np.uint8(min(max(value, 0), 255))
+    target = uint64(top) * stride + uint64(3 * left)
+    for _ in range(side):
+        for first in range(uint64(0), line, uint64(BLOCK)):
+            # Three blocks are a whole number of pixels, so the colour begins anew only there.
+            phase = first % uint64(3 * BLOCK)
+            for x in range(uint64(BLOCK)):
+                old = np.uint16(flat[target + first + x]) * np.uint16(atlas.clear[source + first + x])
+                new = np.uint16(paint[phase + x]) * np.uint16(atlas.ink[source + first + x])
+                flat[target + first + x] = np.uint8(np.uint16(old + new) >> np.uint16(7))
+        source += line
+        target += stride
