@@ -26,8 +26,8 @@ Reward = str | Mapping[str, float] | Callable[[Scores], npt.NDArray[np.float64]]
 
 REFERENCES = 5  # reference captions of a scene, as many as COCO has for a picture
 _CORPUS = 2000  # scenes whose reference captions give the document frequencies
-_SCENE_PARTS = ("scene_f1", "hallucination")
-_TEXT_PARTS = ("cider", "bleu4", "rouge_l", "repetition", "length")
+_PARTS = ("scene_f1", "cider", "bleu4", "rouge_l", "hallucination", "repetition", "length")
+_SCENE_PARTS = ("scene_f1", "hallucination")  # those that need a scene
 
 
 class Captioning(Task):
@@ -52,7 +52,7 @@ class Captioning(Task):
 
     ## Action Space
 
-    `Discrete(105)`: the next word, an id of `mmenvs.world.words.VOCABULARY`; 3 is the end token. Padding (0)
+    `Discrete(97)`: the next word, an id of `mmenvs.world.words.VOCABULARY`; 3 is the end token. Padding (0)
     is written as the unknown word. With a source: the ids of its vocabulary.
 
     ## Rewards
@@ -132,18 +132,13 @@ class Captioning(Task):
         self.image_size = check_image_size(image_size)
         self.source = source
         if source is None:
-            self.parts: tuple[str, ...] = (
-                _SCENE_PARTS[0],
-                *_TEXT_PARTS[:3],
-                _SCENE_PARTS[1],
-                *_TEXT_PARTS[3:],
-            )
+            self.parts = _PARTS
             self.vocabulary, self.limit = VOCABULARY, captions.caption_limit(self.level)
             self.scenes = scene.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
             _check_source(source)
-            self.parts = _TEXT_PARTS
+            self.parts = tuple(name for name in _PARTS if name not in _SCENE_PARTS)
             self.vocabulary, self.limit = source.vocabulary, source.caption_length
             self.pool = source.select(self.split)
             self.item = np.zeros(num_envs, np.int64)

@@ -32,6 +32,7 @@ ANGLE_STEP = 3.0  # sprites are drawn for multiples of this many degrees
 _DARK = 0.3  # the dark parts of a texture, as a share of the colour
 _FULL = 128  # weight of an opaque pixel; at most 128, so that weighted bytes add up within 16 bits
 _NOISE_BYTES = 1 << 14
+_CHUNK = 1536
 # Sprites are placed this many bytes at a time: a loop of known length compiles to a few vector instructions.
 BLOCK = 32
 
@@ -189,13 +190,12 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     scene's ``noise_key`` alone.
     """
     n, height, width = out.shape[0], out.shape[1], out.shape[2]
-    w3 = uint64(3 * width)
-    lines = out.reshape(n * height, 3 * width)
-    # Composed in a small canvas that stays in the cache; what sprites pad their lines with hangs over its right.
-    stride = uint64(3 * width + BLOCK)
-    canvas = np.empty((height, stride), np.uint8)
-    flat = canvas.ravel()
-    paint = np.empty(3 * BLOCK, np.uint8)
+    total = uint64(3 * width * height)
+    pictures = out.reshape(n, 3 * width * height)
+    chunk = uint64(_CHUNK)
+    # Composed in a canvas that stays in the cache. Its end takes the padding of sprites.
+    canvas = np.empty(3 * width * height + _CHUNK + BLOCK, np.uint8)
+    paint = np.empty(_CHUNK, np.uint8)
     # Noise is what is added, saturating, and then what is taken away: one of the two is 0.
     more = np.zeros(atlas.noise.size, np.uint8)
     less = np.zeros(atlas.noise.size, np.uint8)
@@ -204,62 +204,60 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
             grey = int(atlas.noise[b]) * int(2.0 * noise + 1.0) // 256 - int(noise)
             more[b] = max(grey, 0)
             less[b] = max(-grey, 0)
-    places = uint64(atlas.noise.size - 3 * width)
+    places = uint64(atlas.noise.size - _CHUNK)
 
     for j in range(rows.size):
         i = rows[j]
         bright = scenes.brightness[i]
         for c in range(3):
             value = _byte(scenes.background[i, c] * bright)
-            for x in range(c, 3 * width, 3):
-                flat[x] = value
-        for y in range(1, height):
-            for x in range(w3):
-                canvas[y, x] = flat[x]
+            for x in range(c, _CHUNK, 3):
+                paint[x] = value
+        for first in range(uint64(0), total, chunk):
+            for x in range(chunk):
+                canvas[first + x] = paint[x]
         for k in range(scenes.count[i]):
-            _blit(scenes, i, k, atlas, bright, paint, flat, stride, width, height)
-        for y in range(height):
-            line = lines[i * height + y]
-            if noise > 0.0:
-                place = hash2(scenes.noise_key[i], uint64(y)) % places
-                for x in range(w3):
-                    old = canvas[y, x]
+            _blit(scenes, i, k, atlas, bright, paint, canvas, width, height)
+        picture = pictures[i]
+        if noise > 0.0:
+            for first in range(uint64(0), total, chunk):
+                place = hash2(scenes.noise_key[i], first) % places
+                for x in range(min(chunk, total - first)):
+                    old = canvas[first + x]
                     high = np.uint8(old + more[place + x])
                     high = np.uint8(255) if high < old else high
                     low = less[place + x]
-                    line[x] = np.uint8(high - low) if high > low else np.uint8(0)
-            else:
-                for x in range(w3):
-                    line[x] = canvas[y, x]
+                    picture[first + x] = np.uint8(high - low) if high > low else np.uint8(0)
+        else:
+            for x in range(total):
+                picture[x] = canvas[x]
 
 
 @njit(inline="always")
-def _blit(scenes, i, k, atlas, bright, paint, flat, stride, width, height):
+def _blit(scenes, i, k, atlas, bright, paint, canvas, width, height):
     """Place object ``k`` of scene ``i`` on the canvas."""
     size = scenes.attributes[i, k, 2]
     side = atlas.side[size]
+    line = uint64(atlas.line[size])
     for c in range(3):
         value = _byte(PALETTE[scenes.attributes[i, k, 1], c] * bright)
-        for x in range(c, 3 * BLOCK, 3):
+        for x in range(c, line, 3):
             paint[x] = value
     turn = int(math.floor(scenes.angle[i, k] / ANGLE_STEP + 0.5))
     turn = min(max(turn, -atlas.turns), atlas.turns) + atlas.turns
     look = int(scenes.attributes[i, k, 0]) * len(TEXTURES) + int(scenes.attributes[i, k, 3])
-    line = uint64(atlas.line[size])
     source = uint64(atlas.start[size] + (look * (2 * atlas.turns + 1) + turn) * side * atlas.line[size])
     # Clamped so that nothing is ever written outside the picture, whatever the scene holds.
     left = int(math.floor(scenes.x[i, k] * width - 0.5 * side + 0.5))
     top = int(math.floor(scenes.y[i, k] * height - 0.5 * side + 0.5))
     left = min(max(left, 0), width - side)
     top = min(max(top, 0), height - side)
-    target = uint64(top) * stride + uint64(3 * left)
+    target = uint64(3 * (top * width + left))
+    stride = uint64(3 * width)
     for _ in range(side):
-        for first in range(uint64(0), line, uint64(BLOCK)):
-            # Three blocks are a whole number of pixels, so the colour begins anew only there.
-            phase = first % uint64(3 * BLOCK)
-            for x in range(uint64(BLOCK)):
-                old = np.uint16(flat[target + first + x]) * np.uint16(atlas.clear[source + first + x])
-                new = np.uint16(paint[phase + x]) * np.uint16(atlas.ink[source + first + x])
-                flat[target + first + x] = np.uint8(np.uint16(old + new) >> np.uint16(7))
+        for x in range(line):
+            old = np.uint16(canvas[target + x]) * np.uint16(atlas.clear[source + x])
+            new = np.uint16(paint[x]) * np.uint16(atlas.ink[source + x])
+            canvas[target + x] = np.uint8(np.uint16(old + new) >> np.uint16(7))
         source += line
         target += stride

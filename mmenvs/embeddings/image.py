@@ -1,0 +1,109 @@
+"""Image encoders: pictures in, a grid of tokens out."""
+
+from __future__ import annotations
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from mmenvs.embeddings.attention import Block
+
+# A grid finer than this costs a CPU more than it brings: an object covers about two of its cells a side.
+MAX_SIDE = 8
+
+
+def channels_and_size(space: spaces.Box) -> tuple[int, int]:
+    """Channels and shorter side of a picture space, whichever end its channels stand at."""
+    *_, first, middle, last = space.shape
+    return (first, min(middle, last)) if first in (1, 3, 4) and last > 4 else (last, min(first, middle))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al. 2016, "Identity mappings in deep residual networks")."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ConvEncoder(nn.Module):
+    """A small residual CNN (IMPALA's design, Espeholt et al. 2018, with a patch stem that makes it cheap).
+
+    A stem of 8x8 patches every 4 pixels, convolutions of stride 2 until the grid has at most ``max_side``
+    cells a side, then a residual block: about 5 million multiply-adds for a 64x64 picture. Each cell is
+    a token; its place is added to it.
+
+    Args:
+        space: picture space, channels first or last.
+        width: size of a token.
+        max_side: most cells a side; tokens are ``side * side``.
+
+    Shapes: ``(B, C, H, W)`` float in [0, 1] to ``(B, T, width)``, T in reading order.
+    """
+
+    def __init__(self, space: spaces.Box, width: int, max_side: int = MAX_SIDE) -> None:
+        super().__init__()
+        channels, size = channels_and_size(space)
+        layers: list[nn.Module] = [nn.Conv2d(channels, width // 2, 8, stride=4, padding=2)]
+        inside, side = width // 2, size // 4
+        while side > max_side:
+            layers += [nn.ReLU(), nn.Conv2d(inside, width, 3, stride=2, padding=1)]
+            inside, side = width, (side + 1) // 2
+        if inside != width:
+            layers += [nn.ReLU(), nn.Conv2d(inside, width, 3, padding=1)]
+        self.body = nn.Sequential(*layers, ResidualBlock(width), nn.ReLU())
+        self.norm = nn.LayerNorm(width)
+        with torch.no_grad():
+            tokens = self._grid(torch.zeros(1, channels, *_picture_shape(space))).shape[1]
+        self.place = nn.Parameter(torch.randn(tokens, width) * 0.2)
+
+    def _grid(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.body(x).flatten(2).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self._grid(x)) + self.place
+
+
+class ViTEncoder(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021) over 8x8 patches, at most ``MAX_SIDE`` a side.
+
+    Larger pictures get larger patches. Its convolution-free stem learns slower than :class:`ConvEncoder`
+    from few pictures.
+
+    Args:
+        space: picture space, channels first or last.
+        width: size of a token.
+        depth: transformer layers.
+
+    Shapes: ``(B, C, H, W)`` float in [0, 1] to ``(B, T, width)``, T in reading order.
+    """
+
+    def __init__(self, space: spaces.Box, width: int, depth: int = 2) -> None:
+        super().__init__()
+        channels, size = channels_and_size(space)
+        patch = max(4, -(-size // MAX_SIDE))
+        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+        height, breadth = (side // patch for side in _picture_shape(space))
+        self.place = nn.Parameter(torch.randn(height * breadth, width) * 0.2)
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.place
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm(tokens)
+
+
+def _picture_shape(space: spaces.Box) -> tuple[int, int]:
+    *_, first, middle, last = space.shape
+    return (middle, last) if first in (1, 3, 4) and last > 4 else (first, middle)
