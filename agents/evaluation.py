@@ -173,7 +173,7 @@ def _predictor(agent: Any, envs: MultimodalVectorEnv, seed: int) -> Callable[...
         if agent == "oracle":
             return lambda observation, state, episode_start, deterministic: (envs.oracle_actions(), None)
         generator = np.random.default_rng([seed, envs.num_envs])
-        count = int(envs.single_action_space.n)
+        count = int(envs.task.action_space.n)
         return lambda observation, state, episode_start, deterministic: (
             generator.integers(count, size=envs.num_envs),
             None,

@@ -8,8 +8,7 @@ from mmenvs import media, spaces
 from mmenvs.tasks.base import Task
 from mmenvs.world.random import below
 
-COLOURS = {"red": (220, 50, 50), "green": (50, 180, 80), "blue": (60, 90, 220)}
-PIXELS = np.array(list(COLOURS.values()), np.uint8)
+NAMES, PIXELS = ("red", "green", "blue"), np.array([[220, 50, 50], [50, 180, 80], [60, 90, 220]], np.uint8)
 
 
 class ColourName(Task):
@@ -46,7 +45,7 @@ class ColourName(Task):
         return (self.colour[rows] == self.word[rows]).astype(np.int64)
 
     def describe(self, row):
-        return {"word": list(COLOURS)[self.word[row]]}
+        return {"word": NAMES[self.word[row]]}
 
     def render(self, row):
         picture = np.tile(PIXELS[self.colour[row]], (32, 32, 1))

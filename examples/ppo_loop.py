@@ -2,7 +2,7 @@
 plug into any training loop.
 
     python examples/ppo_loop.py
-    python examples/ppo_loop.py --steps 4096 --num-envs 64
+    python examples/ppo_loop.py --short
     python examples/ppo_loop.py --id MMRL/Captioning-v0 --steps 1000000
 """
 
@@ -52,7 +52,9 @@ def advantages_and_returns(rewards, values, ends, last_value, gamma, lam):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--id", default="MMRL/VQA-v0")
     parser.add_argument("--steps", type=int, default=500_000)
     parser.add_argument("--num-envs", type=int, default=256)
@@ -67,6 +69,7 @@ def main():
     parser.add_argument("--fusion", default="cross_attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--short", action="store_true", help="two updates, to see that it runs")
     a = parser.parse_args()
 
     torch.manual_seed(a.seed)
@@ -74,8 +77,10 @@ def main():
     policy = Policy(envs.single_observation_space, int(envs.single_action_space.n), a.fusion).to(a.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=a.lr, eps=1e-5)
     batch = a.num_envs * a.rollout
-    updates = max(1, a.steps // batch)
-    print(f"{a.id}: {sum(p.numel() for p in policy.parameters()):,} parameters, {updates} updates of {batch} steps")
+    updates = 2 if a.short else max(1, a.steps // batch)
+    print(
+        f"{a.id}: {sum(p.numel() for p in policy.parameters()):,} parameters, {updates} updates of {batch} steps"
+    )
 
     observation, _ = envs.reset(seed=a.seed)
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
 """Make an environment, look at it, step through it, one at a time and in batches.
 
-    python examples/quickstart.py
-    python examples/quickstart.py --episodes 2 --out /tmp/episodes.png
+python examples/quickstart.py
+python examples/quickstart.py --episodes 2 --out two.png
 """
 
 import argparse
@@ -12,9 +12,10 @@ import numpy as np
 import mmenvs
 from mmenvs.media import write_png
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--episodes", type=int, default=8)
 parser.add_argument("--out", default="episodes.png")
+parser.add_argument("--short", action="store_true", help="two episodes")
 arguments = parser.parse_args()
 
 print("environments:", ", ".join(mmenvs.SPECS))
@@ -24,7 +25,7 @@ env = gym.make("MMRL/VQA-v0", difficulty=1, split="train", render_mode="rgb_arra
 print("observations:", env.observation_space)
 print("actions:", env.action_space)
 frames = []
-for episode in range(arguments.episodes):
+for episode in range(2 if arguments.short else arguments.episodes):
     observation, info = env.reset(seed=0 if episode == 0 else None)
     env.action_space.seed(episode)
     action = env.action_space.sample() if episode % 2 else env.unwrapped.oracle_action()

@@ -277,7 +277,7 @@ def test_source_knows_wrong_captions():
     assert say(task, 0, "the dog sits") == pytest.approx(1.0)
     assert say(task, 1, "red red red") == 0.0
     assert task.info(rows)["is_success"].tolist() == [True, False, False, False, False]
-    gains, ended = task.step(rows[2:], np.full(3, 4))
+    _, ended = task.step(rows[2:], np.full(3, 4))
     assert not ended.any()
 
 

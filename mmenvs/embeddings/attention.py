@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ class Attention(nn.Module):
         batch, n, width = queries.shape
         q = self.query(queries).view(batch, n, HEADS, -1).transpose(1, 2).float()
         k, v = self.key_value(keys).float().view(batch, keys.shape[1], 2, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+        with torch.autocast(q.device.type, enabled=False):
+            mixed = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
         return self.out(mixed.transpose(1, 2).reshape(batch, n, width))
 
 

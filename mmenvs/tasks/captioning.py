@@ -15,7 +15,6 @@ from mmenvs import spaces as modalities
 from mmenvs.tasks.base import Rows, Task, check_image_size
 from mmenvs.text import END, PAD, START, UNKNOWN
 from mmenvs.world import captions, random, render, scene
-from mmenvs.world.random import below
 from mmenvs.world.words import VOCABULARY
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ class Captioning(Task):
             _check_source(source)
             self.parts = tuple(name for name in _PARTS if name not in _SCENE_PARTS)
             self.vocabulary, self.limit = source.vocabulary, source.caption_length
-            self.pool = source.select(self.split)
+            self.pool = np.asarray(source.select(self.split), np.int64)
             self.item = np.zeros(num_envs, np.int64)
         self.reward = _check_reward(reward, self.parts, "scene_f1" if source is None else "cider")
         self.info_types = {"is_success": bool, "reference": int, **dict.fromkeys(self.parts, float)}
@@ -168,8 +167,7 @@ class Captioning(Task):
         if self.source is None:
             scene.sample_rows(self.scenes, rows, self.streams, self.level, self.split_id)
         else:
-            for row in rows:
-                self.item[row] = self.pool[below(self.streams, row, self.pool.size)]
+            random.choose_rows(self.streams, rows, self.pool, self.item)
 
     def observe(self, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         if "image" in out:

@@ -62,3 +62,15 @@ def start(
     for j in range(rows.size):
         i = rows[j]
         streams[i] = hash2(hash2(hash2(uint64(split), seeds[i]), uint64(episodes[i])), uint64(1))
+
+
+@njit(cache=True, nogil=True)
+def choose_rows(
+    streams: npt.NDArray[np.uint64],
+    rows: npt.NDArray[np.int64],
+    pool: npt.NDArray[np.int64],
+    out: npt.NDArray[np.int64],
+) -> None:
+    """Draw an element of ``pool`` for each of ``rows`` from its stream, into ``out[rows]``."""
+    for j in range(rows.size):
+        out[rows[j]] = pool[below(streams, rows[j], pool.size)]

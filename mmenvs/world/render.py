@@ -29,12 +29,11 @@ PALETTE: npt.NDArray[np.uint8] = np.array(
     np.uint8,
 )
 ANGLE_STEP = 3.0  # sprites are drawn for multiples of this many degrees
-_DARK = 0.3  # the dark parts of a texture, as a share of the colour
+_DARK = 0.42  # the dark parts of a texture, as a share of the colour
 _FULL = 128  # weight of an opaque pixel; at most 128, so that weighted bytes add up within 16 bits
 _NOISE_BYTES = 1 << 14
-_CHUNK = 1536
-# Sprites are placed this many bytes at a time: a loop of known length compiles to a few vector instructions.
-BLOCK = 32
+_CHUNK = 1536  # bytes of a picture that read one stretch of the noise
+_BLOCK = 32  # sprite lines are padded to a multiple of this, so that vector instructions fit them
 
 
 class Atlas(NamedTuple):
@@ -48,9 +47,9 @@ class Atlas(NamedTuple):
     clear: npt.NDArray[np.uint8]  # the same shape, 0 to 128
     start: npt.NDArray[np.int64]  # (2,) where the sprites of each size begin
     side: npt.NDArray[np.int64]  # (2,) width and height of a sprite of each size, in pixels
-    line: npt.NDArray[np.int64]  # (2,) bytes in a line of a sprite of each size, a multiple of BLOCK
+    line: npt.NDArray[np.int64]  # (2,) bytes in a line of a sprite of each size, a multiple of _BLOCK
     turns: int  # angles run from -turns to turns, in steps of ANGLE_STEP degrees
-    noise: npt.NDArray[np.uint8]  # random bytes, of which every picture line reads a stretch
+    noise: npt.NDArray[np.uint8]  # random bytes, of which pictures read stretches
 
 
 def side_of(size: int, grid: int, size_class: int) -> int:
@@ -89,7 +88,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
             corners += quarter
             quarter = [(-y, x) for x, y in quarter]
         return corners
-    return [(0.0, -1.0), (0.6, 0.0), (0.0, 1.0), (-0.6, 0.0)]  # diamond
+    return [(0.0, -1.0), (0.66, 0.0), (0.0, 1.0), (-0.66, 0.0)]  # diamond
 
 
 def _turned(points: list[tuple[float, float]], degrees: float) -> list[tuple[float, float]]:
@@ -121,7 +120,7 @@ def _sprite(shape: str, texture: str, side: int, degrees: float) -> tuple[npt.ND
             q = period / 4
             polygon(canvas, _turned([(-2, y - q), (2, y - q), (2, y + q), (-2, y + q)], degrees), 1)
     if texture == "dotted":
-        ring = [(0.3 * period * math.cos(t), 0.3 * period * math.sin(t)) for t in np.linspace(0, 6.1, 16)]
+        ring = [(0.36 * period * math.cos(t), 0.36 * period * math.sin(t)) for t in np.linspace(0, 6.1, 16)]
         for cy in places:
             for cx in places:
                 polygon(canvas, _turned([(cx + x, cy + y) for x, y in ring], degrees), 1)
@@ -133,11 +132,19 @@ def _sprite(shape: str, texture: str, side: int, degrees: float) -> tuple[npt.ND
 
 @lru_cache(maxsize=32)
 def atlas(size: int, grid: int, rotation: float) -> Atlas:
-    """The sprites for pictures of ``size`` pixels with ``grid`` cells a side, turned by up to ``rotation`` degrees."""
+    """Draw the sprites for pictures of ``size`` pixels, once.
+
+    Args:
+        size: width and height of the pictures, even, 32 to 512.
+        grid: cells a side, as in :class:`mmenvs.world.scene.Level`.
+        rotation: objects are turned by up to this many degrees either way, at most 15.
+    """
     turns = int(rotation / ANGLE_STEP + 0.5)
     sides = [side_of(size, grid, s) for s in range(len(SIZES))]
-    lines = [-(-3 * side // BLOCK) * BLOCK for side in sides]
-    inks, clears, start = [], [], []
+    lines = [-(-3 * side // _BLOCK) * _BLOCK for side in sides]
+    inks: list[npt.NDArray[np.uint8]] = []
+    clears: list[npt.NDArray[np.uint8]] = []
+    start: list[int] = []
     for side, line in zip(sides, lines, strict=True):
         start.append(sum(ink.size for ink in inks))
         for shape in SHAPES:
@@ -170,7 +177,7 @@ def _noise_bytes() -> npt.NDArray[np.uint8]:
     return words.astype("<u8").view(np.uint8)
 
 
-@njit
+@njit(cache=True)
 def _fill_noise(words):
     stream = np.zeros(1, np.uint64)
     for k in range(words.size):
@@ -194,8 +201,8 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     pictures = out.reshape(n, 3 * width * height)
     chunk = uint64(_CHUNK)
     # Composed in a canvas that stays in the cache. Its end takes the padding of sprites.
-    canvas = np.empty(3 * width * height + _CHUNK + BLOCK, np.uint8)
-    paint = np.empty(_CHUNK, np.uint8)
+    canvas = np.empty(3 * width * height + _BLOCK, np.uint8)
+    paint = np.empty(atlas.line.max(), np.uint8)
     # Noise is what is added, saturating, and then what is taken away: one of the two is 0.
     more = np.zeros(atlas.noise.size, np.uint8)
     less = np.zeros(atlas.noise.size, np.uint8)
@@ -209,13 +216,16 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     for j in range(rows.size):
         i = rows[j]
         bright = scenes.brightness[i]
+        # One stretch of background, then twice as much each time.
         for c in range(3):
             value = _byte(scenes.background[i, c] * bright)
-            for x in range(c, _CHUNK, 3):
-                paint[x] = value
-        for first in range(uint64(0), total, chunk):
-            for x in range(chunk):
-                canvas[first + x] = paint[x]
+            for x in range(c, 3 * _BLOCK, 3):
+                canvas[x] = value
+        filled = uint64(3 * _BLOCK)
+        while filled < total:
+            for x in range(min(filled, total - filled)):
+                canvas[filled + x] = canvas[x]
+            filled *= uint64(2)
         for k in range(scenes.count[i]):
             _blit(scenes, i, k, atlas, bright, paint, canvas, width, height)
         picture = pictures[i]

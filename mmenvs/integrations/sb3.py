@@ -1,0 +1,235 @@
+"""Stable-Baselines3: the native vector environments as its ``VecEnv``, the extractor as its features extractor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from mmenvs.embeddings import Extractor, Fusion
+from mmenvs.embeddings.extractor import Precision
+from mmenvs.spaces import Modality
+from mmenvs.vector import MultimodalVectorEnv
+
+Observation = dict[str, npt.NDArray[Any]]
+
+
+class MultimodalVecEnv(VecEnv):
+    """A native vector environment with the interface Stable-Baselines3 wants.
+
+    Pictures are handed over channels first, as views that cost nothing, so that Stable-Baselines3 doesn't
+    wrap the environment in ``VecTransposeImage``, which copies every observation twice. Rows that ended
+    are reset in the same step; their info holds ``terminal_observation``, ``TimeLimit.truncated``,
+    ``is_success`` and the other values of the task's info, and ``episode`` with return ``r``, length ``l``
+    and seconds ``t`` since the start, as its ``Monitor`` gives them.
+
+    Args:
+        env: from ``gym.make_vec``, with ``SAME_STEP`` autoreset.
+
+    Raises:
+        ValueError: if ``env`` resets in another way.
+    """
+
+    def __init__(self, env: MultimodalVectorEnv) -> None:
+        if env.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ValueError(f"env must have autoreset_mode='SameStep', got {env.autoreset_mode.value!r}")
+        self.env = env
+        self._pictures = tuple(
+            name for name, part in env.single_observation_space.items() if _is_picture(part)
+        )
+        space = spaces.Dict(
+            {
+                name: spaces.Box(0, 255, (part.shape[2], *part.shape[:2]), np.uint8)
+                if name in self._pictures
+                else part
+                for name, part in env.single_observation_space.items()
+            }
+        )
+        self._returns = np.zeros(env.num_envs)
+        self._lengths = np.zeros(env.num_envs, np.int64)
+        self._start = time.perf_counter()
+        self._actions: npt.NDArray[np.int64] | None = None
+        super().__init__(env.num_envs, space, env.single_action_space)
+
+    def reset(self) -> Observation:  # type: ignore[override]
+        seeds = None if self._seeds[0] is None else [int(seed) for seed in self._seeds if seed is not None]
+        observation, _ = self.env.reset(seed=seeds)
+        self._reset_seeds()
+        self._reset_options()
+        self._returns[:] = 0.0
+        self._lengths[:] = 0
+        return self._channels_first(observation)
+
+    def step_async(self, actions: npt.NDArray[Any]) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Observation, npt.NDArray[Any], npt.NDArray[Any], list[dict[str, Any]]]:  # type: ignore[override]
+        observation, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        self._returns += rewards
+        self._lengths += 1
+        ended = terminated | truncated
+        # One dict for each row, as users may write into it.
+        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if ended.any():
+            self._fill(rows, np.flatnonzero(ended), terminated, infos)
+        return self._channels_first(observation), rewards.astype(np.float32), ended, rows
+
+    def _fill(
+        self,
+        rows: list[dict[str, Any]],
+        ended: npt.NDArray[np.int64],
+        terminated: npt.NDArray[np.bool_],
+        infos: dict[str, Any],
+    ) -> None:
+        """Write the infos of the rows that ended."""
+        seconds = round(time.perf_counter() - self._start, 6)
+        final = {name: values[ended].tolist() for name, values in infos["final_info"].items() if name[0] != "_"}
+        columns = zip(
+            ended.tolist(),
+            np.round(self._returns[ended], 6).tolist(),
+            self._lengths[ended].tolist(),
+            (~terminated[ended]).tolist(),
+            *final.values(),
+            strict=True,
+        )
+        for row, total, length, cut, *values in columns:
+            info = rows[row]
+            info["terminal_observation"] = self._channels_first(infos["final_obs"][row], 0)
+            info["TimeLimit.truncated"] = cut
+            info["episode"] = {"r": total, "l": length, "t": seconds}
+            info.update(zip(final, values, strict=True))
+        self._returns[ended] = 0.0
+        self._lengths[ended] = 0
+
+    def _channels_first(self, observation: Mapping[str, Any], batch: int = 1) -> Observation:
+        axes = (0, 3, 1, 2) if batch else (2, 0, 1)
+        return {
+            name: value.transpose(axes) if name in self._pictures else value
+            for name, value in observation.items()
+        }
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The attribute of the vector environment or its task, once for each of ``indices``."""
+        return [_find(self.env, attr_name)] * len(self._rows(indices))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set an attribute of the vector environment; the rows share it, so ``indices`` must name all.
+
+        Raises:
+            ValueError: if ``indices`` leaves out a row.
+        """
+        if len(set(self._rows(indices))) != self.num_envs:
+            raise ValueError(f"set_attr sets all {self.num_envs} rows at once, got indices={indices!r}")
+        setattr(self.env, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """``describe``, ``oracle_action``, ``render``, or a method of the vector environment, for each row.
+
+        Raises:
+            AttributeError: if neither the environment nor its task has the method.
+        """
+        rows = self._rows(indices)
+        if method_name == "describe":
+            return [self.env.describe(row) for row in rows]
+        if method_name == "oracle_action":
+            return self.env.oracle_actions()[rows].tolist()
+        if method_name == "render":
+            images = self.get_images()
+            return [images[row] for row in rows]
+        result = _find(self.env, method_name)(*args, **kwargs)
+        return [result] * len(rows)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
+        # It keeps Monitor's statistics itself; evaluate_policy asks for this.
+        return [wrapper_class.__name__ == "Monitor"] * len(self._rows(indices))
+
+    def get_images(self) -> Sequence[npt.NDArray[np.uint8] | None]:
+        return self.env.render() or [None] * self.num_envs
+
+    def _rows(self, indices: Any) -> list[int]:
+        return list(self._get_indices(indices))
+
+
+def make_vec_env(id: str, n_envs: int = 1, seed: int | None = None, **env_kwargs: Any) -> MultimodalVecEnv:
+    """``n_envs`` rows of an environment of this suite, native and batched, for Stable-Baselines3.
+
+    Args:
+        id: such as ``"MMRL/VQA-v0"``.
+        n_envs: number of rows.
+        seed: row i starts with ``seed + i``; None leaves that to the algorithm's own ``seed``.
+        **env_kwargs: arguments of the environment, such as ``split`` and ``difficulty``.
+
+    Raises:
+        ValueError: if ``id`` has no native vector environment of this suite.
+    """
+    env = gym.make_vec(id, num_envs=n_envs, **env_kwargs)
+    if not isinstance(env, MultimodalVectorEnv):
+        raise ValueError(
+            f"id must be an environment of this suite, got {id!r}; "
+            "stable_baselines3.common.env_util.make_vec_env takes all others"
+        )
+    if env.text != "ids":
+        raise ValueError(f"text must be 'ids' for Stable-Baselines3, got {env.text!r}")
+    adapter = MultimodalVecEnv(env)
+    if seed is not None:
+        adapter.seed(seed)
+    return adapter
+
+
+class MultimodalExtractor(BaseFeaturesExtractor):
+    """:class:`mmenvs.embeddings.Extractor` as a features extractor of ``MultiInputPolicy``.
+
+    Pass it as ``policy_kwargs=dict(features_extractor_class=MultimodalExtractor,
+    features_extractor_kwargs=dict(fusion=...))``. It works on :func:`make_vec_env` and on any environment
+    with the same spaces; ``normalize_images`` stays True, its default in Stable-Baselines3.
+
+    Args:
+        observation_space: given by Stable-Baselines3.
+        **others: as for :class:`mmenvs.embeddings.Extractor`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        encoders: Mapping[str, str | nn.Module] | None = None,
+        fusion: str | type[Fusion] = "cross_attention",
+        features_dim: int = 256,
+        modalities: Mapping[str, Modality] | None = None,
+        width: int = 64,
+        precision: Precision = "float32",
+        visible: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(observation_space, features_dim)
+        self.extractor = Extractor(
+            observation_space, encoders, fusion, features_dim, modalities, width, precision, visible
+        )
+        # Stable-Baselines3 brings single pictures to [0, 1] and leaves sets of pictures as they are.
+        self._unscaled = tuple(
+            name for name, modality in self.extractor.modalities.items() if modality == "images"
+        )
+
+    def forward(self, observations: dict[str, Tensor]) -> Tensor:
+        """Features ``(B, features_dim)`` of observations preprocessed by Stable-Baselines3."""
+        scaled = {name: observations[name] / 255.0 for name in self._unscaled}
+        return self.extractor({**observations, **scaled})
+
+
+def _is_picture(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def _find(env: MultimodalVectorEnv, name: str) -> Any:
+    """An attribute of the vector environment, or else of its task."""
+    return getattr(env, name) if hasattr(env, name) else getattr(env.task, name)
