@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from mmenvs import ngrams
 from mmenvs.text import END
+from mmenvs.world import captions as world_captions
+from mmenvs.world.scene import Scenes
 
 # ---------------------------------------------------------------------------------------------------------
 # Answers
@@ -281,3 +283,37 @@ class CiderD:
         keys, counts, documents = self.document_frequencies
         ngrams.cider_rows(said, told, keys, counts, math.log(documents), self.sigma, out)
         return out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Captions against the scene itself
+# ---------------------------------------------------------------------------------------------------------
+
+
+def scene_f1(captions: npt.NDArray[np.integer], scenes: Scenes, textures: int) -> npt.NDArray[np.float64]:
+    """Scene F1 of caption j against scene j of the procedural world, as ``world.captions.score_rows`` has it.
+
+    Args:
+        captions: word ids ``(m, L)`` of the world's vocabulary.
+        scenes: m scenes.
+        textures: how many textures the scenes' level has.
+
+    Returns:
+        float64 ``(m,)`` in [0, 1].
+
+    References:
+        After the F-measure over facts of SPICE: Anderson et al. 2016, "SPICE: semantic propositional image
+        caption evaluation".
+    """
+    return world_captions.score(captions, scenes, textures)[:, world_captions.F1]
+
+
+def hallucination_rate(captions: npt.NDArray[np.integer], scenes: Scenes) -> npt.NDArray[np.float64]:
+    """Share of the objects that caption j mentions and scene j lacks, float64 ``(m,)`` in [0, 1].
+
+    An object that is mentioned twice is lacking the second time. A caption that mentions none has 0.
+
+    References:
+        After CHAIR: Rohrbach et al. 2018, "Object hallucination in image captioning".
+    """
+    return world_captions.score(captions, scenes)[:, world_captions.HALLUCINATION]

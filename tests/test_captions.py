@@ -76,7 +76,7 @@ def slow_match(mentions, objects, facts):
         options = [best(m + 1, left)]
         for k in left:
             right = {name for name, value in mentions[m].items() if objects[k][name] == value}
-            if right & {"shape", "colour"}:
+            if "shape" in right:
                 rest = best(m + 1, left - {k})
                 gain = (len(right), len(right & set(scene.ATTRIBUTES[:facts])), 1)
                 options.append(tuple(a + b for a, b in zip(rest, gain, strict=True)))
@@ -279,9 +279,10 @@ TWO = scene_with("large red solid circle", "small blue striped star")
         ("blue striped small star yes red large solid circle ?", 1, 1, 0),
         ("a circle", 1, 1 / 8, 0),
         ("a red circle and a blue star", 1, 4 / 8, 0),
-        ("a red star", 1 / 2, 1 / 8, 0),  # one object can't have both
+        ("a red star", 1 / 2, 1 / 8, 0),  # the red one is a circle
+        ("a red ring", 0, 0, 1),
         ("a green heart", 0, 0, 1),
-        ("a large solid heart", 0, 0, 1),  # neither shape nor colour: the rest counts for nothing
+        ("a large solid heart", 0, 0, 1),  # nothing counts of an object that isn't there
         ("a red circle and a red circle", 2 / 4, 2 / 8, 1 / 2),  # told twice
         ("a red blue circle", 1 / 3, 1 / 8, 0),  # of two colours the later one holds
         ("a blue red circle", 2 / 3, 2 / 8, 0),
@@ -357,7 +358,7 @@ def test_naming_everything_scores_low(difficulty):
     for sentence in (" ".join(shapes), everything):
         row = np.repeat(encode(sentence)[None], N, 0)
         scores = captions.score(row, scenes, level.textures).mean(0)
-        assert scores[0] < 0.45 and scores[3] > 0.4
+        assert scores[0] < 0.4 and scores[3] > 0.4
 
 
 def test_the_best_blind_caption_scores_low():
@@ -368,7 +369,7 @@ def test_the_best_blind_caption_scores_low():
             for sentence in (f"large {colour} {shape}", f"small {colour} {shape} and {colour} {shape}"):
                 row = np.repeat(encode(sentence)[None], N, 0)
                 best = max(best, captions.score(row, scenes, 1)[:, 0].mean())
-    assert best < 0.35
+    assert best < 0.3
 
 
 def test_bad_shape_is_an_error():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mmenvs import rewards
 from mmenvs.text import END
+from mmenvs.world import captions, scene
 
 WORDS = "a the man dog cat rides runs sits on under red blue bench horse and two".split()
 IDS = {word: i + 4 for i, word in enumerate(WORDS)}
@@ -98,8 +99,8 @@ def test_bleu_equals_pycocoevalcap(items):
     for said, references in items:
         scorer += (" ".join(said), [" ".join(r) for r in references])
     expected = scorer.compute_score(option="closest")[1][3]
-    captions = np.concatenate([pack(said, end=True) for said, _ in items])
-    scores = rewards.bleu(captions, packed_references([r for _, r in items], end=True))
+    batch = np.concatenate([pack(said, end=True) for said, _ in items])
+    scores = rewards.bleu(batch, packed_references([r for _, r in items], end=True))
     np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -126,8 +127,8 @@ def test_cider_equals_pycocoevalcap(items, end):
     expected = scorer.compute_score()[1]
     references = packed_references([r for _, r in items], end=end)
     cider = rewards.CiderD(rewards.DocumentFrequencies.from_references(references))
-    captions = np.concatenate([pack(said, end=end) for said, _ in items])
-    np.testing.assert_allclose(cider(captions, references), expected, rtol=0, atol=1e-9)
+    batch = np.concatenate([pack(said, end=end) for said, _ in items])
+    np.testing.assert_allclose(cider(batch, references), expected, rtol=0, atol=1e-9)
 
 
 def test_cider_of_a_batch_equals_single_captions():
@@ -194,8 +195,22 @@ def test_missing_references_do_not_count():
         assert score(captions, one) == score(captions, padded) > 0
 
 
+def test_scene_scores_are_those_of_the_world():
+    scenes, rows = scene.empty(20), np.arange(20)
+    streams = rows.astype(np.uint64)
+    scene.sample_rows(scenes, rows, streams, scene.DIFFICULTIES[2], 0)
+    said = np.empty((20, 60), np.int64)
+    captions.tell_rows(scenes, rows, 3, said)
+    assert (rewards.scene_f1(said, scenes, 3) == 1).all()
+    assert (rewards.hallucination_rate(said, scenes) == 0).all()
+    shifted = np.roll(said, 1, axis=0)
+    scores = captions.score(shifted, scenes, 3)
+    np.testing.assert_array_equal(rewards.scene_f1(shifted, scenes, 3), scores[:, 0])
+    np.testing.assert_array_equal(rewards.hallucination_rate(shifted, scenes), scores[:, 3])
+
+
 @pytest.mark.parametrize(
-    "captions, references, error, match",
+    "said, references, error, match",
     [
         (np.zeros((1, 3)), np.ones((1, 1, 3), int), TypeError, "captions must hold integer"),
         (
@@ -211,11 +226,11 @@ def test_missing_references_do_not_count():
         (np.ones((2, 3), int), np.array([[[1]], [[0]]]), ValueError, "row 1 has none"),
     ],
 )
-def test_bad_captions(captions, references, error, match):
+def test_bad_captions(said, references, error, match):
     df = rewards.DocumentFrequencies(np.empty(0, np.uint64), np.empty(0, np.int64), 2)
     for score in (rewards.bleu, rewards.rouge_l, rewards.CiderD(df)):
         with pytest.raises(error, match=match):
-            score(captions, references)
+            score(said, references)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class AudioVisualMatching(Task):
 
     ## Action Space
 
-    `Discrete(candidates)`: the index of the picture that is heard.
+    `Discrete(4)`, or as many as `candidates` says: the index of the picture that is heard.
 
     ## Rewards
 

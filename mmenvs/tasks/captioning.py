@@ -58,7 +58,8 @@ class Captioning(Task):
 
     0 until the caption ends, then its scene F1 in [0, 1]: the harmonic mean of the share of told facts that
     are right and the share of the scene's facts that were told. Facts are the attributes of the objects
-    and the relations between them; each object counts once (`mmenvs.world.captions.score_rows`).
+    and the relations between them; a phrase tells of an object of its shape, each object counts once
+    (`mmenvs.world.captions.score_rows`).
     Relations and, at difficulty 0 with its only texture, textures needn't be told, but have to be right.
 
     `reward=` chooses another reward out of these parts, which are also reported at the end:
@@ -69,7 +70,7 @@ class Captioning(Task):
     | `cider` | 0 to 10 | CIDEr-D against reference captions; the end token counts as a word |
     | `bleu4` | 0 to 1 | BLEU-4 against the reference captions |
     | `rouge_l` | 0 to 1 | ROUGE-L against the reference captions |
-    | `hallucination` | 0 to 1 | share of the objects told that aren't in the scene; world only |
+    | `hallucination` | 0 to 1 | share of the objects told that the scene lacks; world only |
     | `repetition` | 0 to 1 | share of 4-grams that repeat an earlier one |
     | `length` | 0 to 1 | words said, without the end token, over the limit |
 
@@ -131,7 +132,7 @@ class Captioning(Task):
         self.image_size = check_image_size(image_size)
         self.source = source
         if source is None:
-            self.parts = _PARTS
+            self.parts: tuple[str, ...] = _PARTS
             self.vocabulary, self.limit = VOCABULARY, captions.caption_limit(self.level)
             self.scenes = scene.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)

@@ -298,8 +298,8 @@ def _relation_right(scenes, i, first, relation, second):
 def _match(mentions, n, scenes, i, facts, best):
     """Pair mentions with objects one to one so that the most facts are right.
 
-    A mention may stand for an object if its shape or its colour is right. Returns the number of right
-    facts, of those among the first ``facts`` attributes, and of paired mentions, all maximised in this order.
+    A mention stands for an object of its shape only. Returns the number of right facts, of those among the
+    first ``facts`` attributes, and of paired mentions, all maximised in this order.
     """
     count = scenes.count[i]
     full = (1 << count) - 1
@@ -310,12 +310,11 @@ def _match(mentions, n, scenes, i, facts, best):
     for m in range(n):
         for k in range(count):
             gains[k] = 0
-            shape_or_colour = False
-            for a in range(4):
-                if mentions[m, a] == scenes.attributes[i, k, a]:
-                    gains[k] += (1 << 16) + ((1 << 8) if a < facts else 0)
-                    shape_or_colour |= a < 2
-            gains[k] = gains[k] + 1 if shape_or_colour else 0
+            if mentions[m, 0] == scenes.attributes[i, k, 0]:
+                gains[k] = 1
+                for a in range(4):
+                    if mentions[m, a] == scenes.attributes[i, k, a]:
+                        gains[k] += (1 << 16) + ((1 << 8) if a < facts else 0)
         for objects in range(full, 0, -1):
             for k in range(count):
                 if gains[k] and (objects >> k) & 1:
@@ -329,9 +328,9 @@ def _match(mentions, n, scenes, i, facts, best):
 def score_rows(scenes: Scenes, rows, captions, textures: int, out) -> None:
     """Score captions against scenes.
 
-    A fact is an attribute of an object, or a relation of two. Mentions are paired with objects one to one
-    so that the most told facts are right; what is told of an object that isn't there, or told twice, is
-    wrong. A relation is right if it holds between two objects that fit its mentions.
+    A fact is an attribute of an object, or a relation of two. Mentions are paired with objects of their
+    shape one to one, so that the most told facts are right; what is told of an object that isn't there, or
+    told twice, is wrong. A relation is right if it holds between two objects that fit its mentions.
 
     Precision is the right facts over the facts told. Recall is the right attributes over the attributes in
     the scene: a relation or, where there is only one texture, a texture needn't be told. A caption without

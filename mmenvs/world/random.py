@@ -51,6 +51,16 @@ def below(streams, i, n):
 
 
 @njit(cache=True, nogil=True)
+def words(count: int, key: int) -> npt.NDArray[np.uint64]:
+    """``count`` draws from the stream that starts at ``key``."""
+    stream = np.full(1, uint64(key))
+    out = np.empty(count, np.uint64)
+    for k in range(count):
+        out[k] = draw(stream, 0)
+    return out
+
+
+@njit(cache=True, nogil=True)
 def start(
     streams: npt.NDArray[np.uint64],
     rows: npt.NDArray[np.int64],

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import njit, uint64
 from PIL import Image, ImageDraw
 
-from mmenvs.world.random import draw, hash2
+from mmenvs.world.random import hash2, words
 from mmenvs.world.scene import DIAMETER, SHAPES, SIZES, TEXTURES, Scenes
 
 # One RGB triple for each of scene.COLOURS.
@@ -171,17 +171,8 @@ def atlas(size: int, grid: int, rotation: float) -> Atlas:
 
 @lru_cache(maxsize=1)
 def _noise_bytes() -> npt.NDArray[np.uint8]:
-    words = np.zeros(_NOISE_BYTES // 8, np.uint64)
-    _fill_noise(words)
     # Little-endian on every machine, so that the bytes are the same everywhere.
-    return words.astype("<u8").view(np.uint8)
-
-
-@njit(cache=True)
-def _fill_noise(words):
-    stream = np.zeros(1, np.uint64)
-    for k in range(words.size):
-        words[k] = draw(stream, 0)
+    return words(_NOISE_BYTES // 8, 0).astype("<u8").view(np.uint8)
 
 
 @njit(inline="always")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from numba import njit, uint64
 
 from mmenvs.spaces import SAMPLE_RATE
-from mmenvs.world.random import draw, hash2
+from mmenvs.world.random import hash2, words
 from mmenvs.world.scene import COLOURS, SHAPES, TEXTURES, Scenes
 
 # Fundamentals of the colours in hertz, a fourth apart (220 to 1,648). Four harmonics stay below 8 kHz.
@@ -77,18 +77,10 @@ def _rhythm(slot: int, texture: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _noise() -> npt.NDArray[np.float32]:
-    words = np.zeros(_NOISE_SAMPLES, np.uint64)
-    _fill(words)
     # Four 16-bit uniforms add up to nearly a normal variable, in integers the same on every machine.
-    total = sum((words >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64) for shift in (0, 16, 32, 48))
+    drawn = words(_NOISE_SAMPLES, _SALT)
+    total = sum((drawn >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64) for shift in (0, 16, 32, 48))
     return ((total - 2 * 65535) / (65536 * np.sqrt(1 / 3))).astype(np.float32)
-
-
-@njit(cache=True)
-def _fill(words):
-    stream = np.full(1, uint64(_SALT))
-    for k in range(words.size):
-        words[k] = draw(stream, 0)
 
 
 @njit(cache=True, nogil=True)
