@@ -13,10 +13,12 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from mmenvs.checks import integer_in, one_of
 from mmenvs.registry import task_class
-from mmenvs.tasks.base import integer_in, one_of
 from mmenvs.vector import MultimodalVectorEnv
 from mmenvs.world.scene import SPLITS
+
+from .baselines import BASELINES, Baseline
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _RESAMPLES = 1000
@@ -101,7 +103,7 @@ class Result:
 
 
 def evaluate(
-    agent: Predicts | Callable[..., tuple[Any, Any]] | str,
+    agent: Predicts | Callable[..., tuple[Any, Any]] | type[Baseline] | str,
     id: str,
     *,
     split: str = "test",
@@ -118,13 +120,13 @@ def evaluate(
     more than others.
 
     Args:
-        agent: anything with ``predict``, that method alone, or ``"random"`` or ``"oracle"``.
+        agent: anything with ``predict``, that method alone, or a name or class in ``BASELINES``.
         id: environment of this suite.
         split: ``"train"``, ``"val"``, ``"test"`` or ``"compositional"``.
         episodes: number of episodes, at least 1.
         num_envs: rows played side by side.
         env_kwargs: further arguments of the environment, such as ``difficulty``.
-        seed: names the episodes; it also seeds the actions of ``"random"`` and the bootstrap.
+        seed: names the episodes; it also seeds the baselines and the bootstrap.
         deterministic: handed to ``predict``.
 
     Raises:
@@ -169,18 +171,14 @@ def evaluate(
 
 def _predictor(agent: Any, envs: MultimodalVectorEnv, seed: int) -> Callable[..., Any]:
     if isinstance(agent, str):
-        one_of("agent", agent, ("random", "oracle"))
-        if agent == "oracle":
-            return lambda observation, state, episode_start, deterministic: (envs.oracle_actions(), None)
-        generator = np.random.default_rng([seed, envs.num_envs])
-        count = int(envs.task.action_space.n)
-        return lambda observation, state, episode_start, deterministic: (
-            generator.integers(count, size=envs.num_envs),
-            None,
-        )
+        agent = BASELINES[one_of("agent", agent, tuple(BASELINES))]
+    if isinstance(agent, type) and issubclass(agent, Baseline):
+        agent = agent(envs, seed)
     predict = getattr(agent, "predict", agent)
-    if not callable(predict):
-        raise TypeError(f"agent must have a predict method or be 'random' or 'oracle', got {agent!r}")
+    if not callable(predict) or isinstance(agent, type):
+        raise TypeError(
+            f"agent must have a predict method or be one of {', '.join(BASELINES)}, got {agent!r}"
+        )
     return predict
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
-import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
+from rich.table import Column, Table
 
 from mmenvs import media
+from mmenvs.checks import one_of
 from mmenvs.registry import SPECS, task_class
-from mmenvs.spaces import SAMPLE_RATE
+from mmenvs.world.scene import SPLITS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,13 +30,15 @@ app = typer.Typer(
     help="Multimodal reinforcement learning environments: vision, language and sound for Gymnasium.",
 )
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
-_FPS = 4  # frames a second of animations; each picture of an episode is held for several
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="Environment, such as MMRL/VQA-v0; see 'mmenvs list'.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained agent.")]
 Split = Annotated[str, typer.Option(help="train, val, test or compositional.")]
-Difficulty = Annotated[str, typer.Option(help="0 to 3.")]
 Seed = Annotated[int, typer.Option(min=0, help="Names the episodes.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Source = Annotated[
+    str | None, typer.Option(help="Real data in place of the world: vqav2:FOLDER or coco:FOLDER.")
+]
 
 
 @contextmanager
@@ -78,7 +82,7 @@ def parse_difficulty(text: str) -> int:
 @app.command("list")
 def list_() -> None:
     """Table of the environments."""
-    table = Table("id", "what", "tags", "score")
+    table = Table(Column("id", no_wrap=True), "what", "tags", Column("score", no_wrap=True))
     for spec in SPECS.values():
         page = inspect.getdoc(task_class(spec.id)) or ""
         text = page.split("## Description")[-1].split("\n## ")[0]
@@ -109,7 +113,8 @@ def show(
     episodes: Annotated[int, typer.Option(min=1, max=1000, help="How many episodes.")] = 8,
     agent: Annotated[str, typer.Option(help="oracle, random or the folder of a trained agent.")] = "oracle",
     split: Split = "test",
-    difficulty: Difficulty = "0",
+    difficulty: Annotated[str, typer.Option(help="0 to 3.")] = "0",
+    source: Source = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -117,70 +122,215 @@ def show(
     with user_errors():
         media.check_path(out)
         task_class(id)
-        kwargs = {"split": split, "difficulty": parse_difficulty(difficulty)}
-        env = gym.make(id, render_mode="rgb_array", **kwargs)
-        player = agent if agent in ("oracle", "random") else _load(agent, device, id)
-    frames, sound, rewards, successes = play(
-        env, player, episodes, seed, ends_only=out.suffix.lower() == ".png"
-    )
+        env_kwargs: dict[str, Any] = {"split": split, "difficulty": parse_difficulty(difficulty)}
+        if source is not None:
+            env_kwargs["source"] = open_source(source, id)
+        env = gym.make(id, render_mode="rgb_array", **env_kwargs)
+        player: Any = agent
+        if agent not in ("oracle", "random"):
+            player, _ = load_agent(Path(agent), device, source)
+            if player.settings.id != id:
+                raise ValueError(f"the agent in {agent!r} was trained on {player.settings.id}, not on {id}")
+    ends_only = out.suffix.lower() == ".png"
+    frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
     env.close()
     with user_errors():
-        media.write(out, frames, _FPS, sound)
-    typer.echo(f"{episodes} episodes: mean return {np.mean(rewards):.3f}, {sum(successes)} solved")
+        media.write(out, frames, media.FPS, sound)
+    typer.echo(f"{episodes} episodes: mean return {np.mean(returns):.3f}, {sum(successes)} solved")
     typer.echo(f"written: {out}")
 
 
-def play(
-    env: gym.Env, agent: Any, episodes: int, seed: int, *, ends_only: bool = False
-) -> tuple[list[media.Picture], npt.NDArray[np.float32] | None, list[float], list[bool]]:
-    """Play episodes in front of a camera.
+@app.command()
+def train(
+    id: Id,
+    agent: Annotated[
+        str | None, typer.Option(help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn.")
+    ] = None,
+    fusion: Annotated[
+        str | None, typer.Option(help="cross_attention (default), concat, weighted_sum or transformer.")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of weights, actions and episodes; default 0.")
+    ] = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for agent and logs; default runs/ID_AGENT_SEED.")
+    ] = None,
+    difficulty: Annotated[str | None, typer.Option(help="0 (default) to 3.")] = None,
+    split: Annotated[str | None, typer.Option(help="train (default), val, test or compositional.")] = None,
+    num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
+    source: Source = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the agent in --out, with its settings.")] = False,
+) -> None:
+    """Train an agent; Ctrl-C saves it, --resume goes on."""
+    sb3 = agents("sb3")
+    with user_errors():
+        task_class(id)
+        total = parse_steps(steps)
+        level = None if difficulty is None else parse_difficulty(difficulty)
+        out = out or Path("runs", f"{id.split('/')[-1]}_{agent or 'ppo'}_{seed or 0}")
+        if resume:
+            model, kwargs = load_agent(out, device, source)
+            asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed}
+            saved = {name: getattr(model.settings, name) for name in asked}
+            asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
+            saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
+            saved["num_envs"] = model.n_envs
+            for name, value in asked.items():
+                if value not in (None, saved[name]):
+                    raise ValueError(f"{name} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}")
+            if total <= model.num_timesteps:
+                raise ValueError(f"steps must be over the {model.num_timesteps} already done, got {steps!r}")
+        else:
+            if (out / "settings.json").exists():
+                raise ValueError(
+                    f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
+                )
+            out.mkdir(parents=True, exist_ok=True)
+            model = make_agent(
+                id,
+                agent or "ppo",
+                source,
+                fusion=fusion or "cross_attention",
+                device=device,
+                seed=seed or 0,
+                env_kwargs={"difficulty": level or 0, "split": split or "train"},
+                **({} if num_envs is None else {"num_envs": num_envs}),
+            )
+    typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
+    finished = sb3.train(model, total, out)
+    typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
+    if not finished:
+        typer.echo("stopped early; --resume goes on")
+        raise typer.Exit(130)
+    typer.echo(f"next: mmenvs evaluate {out}")
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    split: Split = "test",
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 2000,
+    difficulty: Annotated[str | None, typer.Option(help="0 to 3; default is the one trained on.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    source: Source = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Success of a trained agent with a 95 % interval, beside random, most frequent answer and oracle."""
+    with user_errors():
+        one_of("split", split, SPLITS)
+        model, kwargs = load_agent(folder, device, source)
+        if difficulty is not None:
+            kwargs["difficulty"] = parse_difficulty(difficulty)
+    evaluation = agents("evaluation")
+    results = {
+        name: evaluation.evaluate(
+            player, model.settings.id, split=split, episodes=episodes, env_kwargs=kwargs, seed=seed
+        )
+        for name, player in {
+            "agent": model,
+            "random": "random",
+            "most_frequent": "most_frequent",
+            "oracle": "oracle",
+        }.items()
+    }
+    if as_json:
+        document = {"folder": str(folder), "steps": model.num_timesteps}
+        typer.echo(
+            json.dumps(document | {name: result.to_dict() for name, result in results.items()}, indent=2)
+        )
+        return
+    first = results["agent"]
+    typer.echo(f"{first.id}, split {split}, difficulty {first.difficulty}, {episodes} episodes, seed {seed}")
+    print_results(results)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what it leaves.")] = Path("runs/demo"),
+    steps: Annotated[str | None, typer.Option(help="Steps of training, such as 50k.")] = None,
+    short: Annotated[bool, typer.Option(help="Some seconds of training only, to see that it runs.")] = False,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, actions and episodes.")] = 0,
+) -> None:
+    """An agent learns to answer questions about pictures, beside agents that are blind to one of the two."""
+    from mmenvs import demo as demonstration
+
+    with user_errors():
+        budget = demonstration.SHORT_STEPS if short else demonstration.STEPS
+        total = budget if steps is None else parse_steps(steps)
+        out.mkdir(parents=True, exist_ok=True)
+        agents("sb3").resolve_device(device)
+    results = demonstration.run(out, total, device, seed, typer.echo)
+    print_results(results)
+    typer.echo(f"left in {out}: learning_curve.png, episodes.png, results.json, agent/ (the trained agent)")
+    typer.echo(f"more pictures: mmenvs show {demonstration.ID} --agent {out / 'agent'} --out answers.gif")
+
+
+def open_source(text: str, id: str) -> Any:
+    """The reader of real data that ``--source`` names."""
+    from mmenvs import datasets
+
+    return datasets.open_source(text, id)
+
+
+def make_agent(
+    id: str, algo: str, source: str | None, *, env_kwargs: Mapping[str, Any], **arguments: Any
+) -> Any:
+    """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
+    sb3 = agents("sb3")
+    if source is None:
+        return sb3.make_agent(algo, id, env_kwargs=env_kwargs, **arguments)
+    model = sb3.make_agent(
+        algo, id, env_kwargs={**env_kwargs, "source": open_source(source, id)}, **arguments
+    )
+    model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": source})
+    return model
+
+
+def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
+    """The agent that ``train`` left in ``folder``, and the arguments of its environment.
 
     Args:
-        env: a single environment with ``render_mode="rgb_array"``.
-        agent: ``"oracle"``, ``"random"`` or something with ``predict``.
-        episodes: number of episodes.
-        seed: seed of the first reset; also of the actions of ``"random"``.
-        ends_only: one frame an episode, its end, in place of frames at ``_FPS``.
-
-    Returns:
-        Frames, the sound that belongs to them (None without sound), and return and success of each episode.
+        folder: where it was saved.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        source: real data to use in place of those it was trained on.
     """
-    inner: Any = env.unwrapped
-    generator = np.random.default_rng(seed)
-    frames: list[media.Picture] = []
-    sounds: list[npt.NDArray[np.float32]] = []
-    returns, successes = [], []
+    sb3 = agents("sb3")
+    try:
+        settings = json.loads((folder / "settings.json").read_text())["settings"]
+        id, saved = str(settings["id"]), dict(settings["env_kwargs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        sb3.load(folder, device)  # says what is wrong with the folder
+        raise
+    text = source or saved.get("source")
+    reader = {} if text is None else {"source": open_source(text, id)}
+    model = sb3.load(folder, device, reader)
+    model.settings = replace(model.settings, env_kwargs=saved)
+    return model, {**saved, **reader}
 
-    def hold(seconds: float) -> None:
-        count = 1 if ends_only else max(1, round(seconds * _FPS))
-        frames.extend([np.asarray(env.render())] * count)
 
-    for episode in range(episodes):
-        observation, info = env.reset(seed=seed if episode == 0 else None)
-        before = len(frames)
-        audio = observation.get("audio")
-        total, ended, state, start = 0.0, False, None, True
-        if not ends_only:
-            hold(2.0 if audio is None else audio.size / SAMPLE_RATE + 0.75)
-        while not ended:
-            if agent == "oracle":
-                action = inner.oracle_action()
-            elif agent == "random":
-                action = int(generator.integers(int(env.action_space.n)))  # type: ignore[attr-defined]
-            else:
-                chosen, state = agent.predict(
-                    observation, state=state, episode_start=np.array([start]), deterministic=True
-                )
-                action = int(chosen)
-            observation, reward, terminated, truncated, info = env.step(action)
-            total, start, ended = total + float(reward), False, terminated or truncated
-            if not ended and not ends_only:
-                hold(0.25)
-        hold(2.0)
-        returns.append(total)
-        successes.append(bool(info["is_success"]))
-        if audio is not None and not ends_only:
-            track = np.zeros((len(frames) - before) * SAMPLE_RATE // _FPS, np.float32)
-            track[: audio.size] = audio
-            sounds.append(track)
-    return frames, np.concatenate(sounds) if sounds else None, returns, successes
+def print_results(results: Mapping[str, Any]) -> None:
+    """Tables of evaluations, one row for each agent."""
+    console = Console()
+    table = Table("agent", "success", "95 % interval", "return", "steps")
+    for name, result in results.items():
+        rate = result.success
+        interval = f"{rate.low:.3f} to {rate.high:.3f}"
+        table.add_row(
+            name.replace("_", " "),
+            f"{rate.value:.3f}",
+            interval,
+            f"{result.mean_return:.3f}",
+            f"{result.mean_length:.1f}",
+        )
+    console.print(table)
+    first = next(iter(results.values()))
+    if first.by_type:
+        table = Table("question", *(name.replace("_", " ") for name in results), "episodes")
+        for kind, rate in first.by_type.items():
+            shares = (f"{result.by_type[kind].value:.3f}" for result in results.values())
+            table.add_row(kind.replace("_", " "), *shares, str(rate.n))
+        console.print(table)

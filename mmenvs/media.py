@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +20,7 @@ from mmenvs.spaces import SAMPLE_RATE
 
 Picture = npt.NDArray[np.uint8]
 SUFFIXES = (".png", ".gif", ".mp4")
+FPS = 4  # frames a second of what play() films; a picture is held for several
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (28, 30, 36),
@@ -202,6 +204,62 @@ def write_mp4(
         )  # fmt: skip
     clip.close()
     return Path(path)
+
+
+def play(
+    env: gym.Env, agent: Any, episodes: int, seed: int, *, ends_only: bool = False
+) -> tuple[list[Picture], npt.NDArray[np.float32] | None, list[float], list[bool]]:
+    """Play episodes in front of a camera.
+
+    Args:
+        env: a single environment with ``render_mode="rgb_array"``.
+        agent: ``"oracle"``, ``"random"`` or something with ``predict``.
+        episodes: number of episodes.
+        seed: seed of the first reset; also of the actions of ``"random"``.
+        ends_only: one frame an episode, its end, in place of frames at ``FPS``.
+
+    Returns:
+        Frames, the sound that belongs to them (None without sound), and return and success of each episode.
+    """
+    inner: Any = env.unwrapped
+    generator = np.random.default_rng(seed)
+    frames: list[Picture] = []
+    sounds: list[npt.NDArray[np.float32]] = []
+    returns, successes = [], []
+
+    def hold(seconds: float) -> None:
+        count = 1 if ends_only else max(1, round(seconds * FPS))
+        frames.extend([np.asarray(env.render())] * count)
+
+    for episode in range(episodes):
+        observation, info = env.reset(seed=seed if episode == 0 else None)
+        before = len(frames)
+        audio = observation.get("audio")
+        total, ended, state, start = 0.0, False, None, True
+        if not ends_only:
+            hold(2.0 if audio is None else audio.size / SAMPLE_RATE + 0.75)
+        while not ended:
+            if agent == "oracle":
+                action = inner.oracle_action()
+            elif agent == "random":
+                action = int(generator.integers(int(env.action_space.n)))  # type: ignore[attr-defined]
+            else:
+                chosen, state = agent.predict(
+                    observation, state=state, episode_start=np.array([start]), deterministic=True
+                )
+                action = int(chosen)
+            observation, reward, terminated, truncated, info = env.step(action)
+            total, start, ended = total + float(reward), False, terminated or truncated
+            if not ended and not ends_only:
+                hold(0.25)
+        hold(2.0)
+        returns.append(total)
+        successes.append(bool(info["is_success"]))
+        if audio is not None and not ends_only:
+            track = np.zeros((len(frames) - before) * SAMPLE_RATE // FPS, np.float32)
+            track[: audio.size] = audio
+            sounds.append(track)
+    return frames, np.concatenate(sounds) if sounds else None, returns, successes
 
 
 @contextmanager

@@ -13,6 +13,11 @@ SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
 _WORD = re.compile(r"<[a-z]+>|[a-z0-9]+(?:'[a-z]+)?|[?.,]")
 
 
+def tokenize(sentence: str) -> list[str]:
+    """The words of a sentence in lower case; ``?``, ``.`` and ``,`` are words, other signs fall away."""
+    return _WORD.findall(sentence.lower())
+
+
 class Vocabulary:
     """A closed list of words; the id of a word is its place in the list.
 
@@ -56,7 +61,7 @@ class Vocabulary:
         Returns:
             Array of shape ``(length,)`` and dtype int64.
         """
-        ids = [self._ids.get(word, UNKNOWN) for word in _WORD.findall(sentence.lower())][:length]
+        ids = [self._ids.get(word, UNKNOWN) for word in tokenize(sentence)][:length]
         out = np.zeros(length, np.int64)
         out[: len(ids)] = ids
         return out

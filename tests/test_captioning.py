@@ -246,6 +246,9 @@ class Photos:
         self.references = rewards.pack_references(ids)
         self.document_frequencies = rewards.DocumentFrequencies.from_references(self.references)
 
+    def prepare(self, image_size):
+        pass
+
     def select(self, split):
         return np.array([0, 1, 2] if split == "train" else [3])
 

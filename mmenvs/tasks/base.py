@@ -9,27 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from mmenvs.checks import integer_in, one_of
 from mmenvs.text import Vocabulary
 from mmenvs.world import random
 from mmenvs.world.scene import DIFFICULTIES, SPLITS
 
 Rows = npt.NDArray[np.int64]
-
-
-def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    """``value`` if it is allowed, else a ``ValueError`` that says what is."""
-    if value not in allowed or isinstance(value, bool):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def integer_in(name: str, value: Any, low: int, high: int) -> int:
-    """``value`` as an int if it is an integer in [low, high], else an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
-    return int(value)
 
 
 def check_image_size(value: Any) -> int:

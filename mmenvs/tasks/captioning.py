@@ -138,6 +138,7 @@ class Captioning(Task):
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
             _check_source(source)
+            source.prepare(self.image_size)
             self.parts = tuple(name for name in _PARTS if name not in _SCENE_PARTS)
             self.vocabulary, self.limit = source.vocabulary, source.caption_length
             self.pool = np.asarray(source.select(self.split), np.int64)
@@ -327,6 +328,7 @@ def _check_source(source: Any) -> None:
         "caption_length",
         "references",
         "document_frequencies",
+        "prepare",
         "select",
         "pictures",
         "text",

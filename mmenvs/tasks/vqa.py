@@ -10,8 +10,7 @@ from gymnasium import spaces
 
 from mmenvs import spaces as modalities
 from mmenvs.tasks.base import Rows, Task, check_image_size
-from mmenvs.world import questions, render, scene
-from mmenvs.world.random import below
+from mmenvs.world import questions, random, render, scene
 from mmenvs.world.words import VOCABULARY
 
 if TYPE_CHECKING:
@@ -104,7 +103,8 @@ class VQA(Task):
             self.questions = questions.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
-            _check_source(source, ("questions", "score", "pictures", "select"))
+            _check_source(source, ("questions", "score", "prepare", "select", "pictures"))
+            source.prepare(self.image_size)
             self.vocabulary, length = source.vocabulary, source.question_length
             self.answers, self.types = source.answers, source.types
             self.pool = source.select(self.split)
@@ -127,8 +127,7 @@ class VQA(Task):
         if self.source is None:
             questions.ask_rows(self.scenes, self.questions, rows, self.streams, self.level, self.split_id)
         else:
-            for row in rows:
-                self.item[row] = self.pool[below(self.streams, row, self.pool.size)]
+            random.choose_rows(self.streams, rows, self.pool, self.item)
 
     def observe(self, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         if "image" in out:

@@ -1,0 +1,463 @@
+"""Stable-Baselines3 agents: recipes, training with logs and checkpoints, saving and loading without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import stable_baselines3
+import torch
+from gymnasium.error import NameNotFound
+from safetensors.torch import load_file, save_file
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, make_output_format
+
+from mmenvs.embeddings.fusion import FUSIONS
+from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
+from mmenvs.registry import task_class
+from mmenvs.tasks.base import integer_in
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that all algorithms have.
+
+    Attributes:
+        num_envs: rows of the native vector environment.
+        learning_rate: at the start; it falls linearly to 2 % of that.
+        features_dim: size of the extractor's result.
+        net_arch: hidden layers between it and the heads.
+        arguments: the algorithm's own arguments, by Stable-Baselines3's names.
+    """
+
+    num_envs: int = 128
+    learning_rate: float = 1e-3
+    features_dim: int = 256
+    net_arch: tuple[int, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PPORecipe(Recipe):
+    """Proximal policy optimisation (Schulman et al. 2017).
+
+    Entropy is rewarded with ``ent_coef`` at first, less and less until none at the end: without it a policy
+    settles on the most frequent answers before it has learned to look.
+    """
+
+    ent_coef: float = 0.04
+    arguments: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "n_steps": 16,
+            "batch_size": 256,
+            "n_epochs": 2,
+            "gamma": 1.0,
+            "gae_lambda": 0.95,
+            "clip_range": 0.2,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class A2CRecipe(Recipe):
+    """Advantage actor-critic (Mnih et al. 2016); Adam, as its RMSprop diverges with attention layers."""
+
+    num_envs: int = 256
+    learning_rate: float = 7e-4
+    ent_coef: float = 0.04
+    arguments: Mapping[str, Any] = field(
+        default_factory=lambda: {"n_steps": 1, "gamma": 1.0, "gae_lambda": 0.95, "use_rms_prop": False}
+    )
+
+
+@dataclass(frozen=True)
+class DQNRecipe(Recipe):
+    """Deep Q-network (Mnih et al. 2015) with a replay buffer of uint8 pictures."""
+
+    num_envs: int = 64
+    learning_rate: float = 5e-4
+    arguments: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "buffer_size": 50_000,
+            "learning_starts": 2_000,
+            "batch_size": 256,
+            "train_freq": 4,
+            "gradient_steps": 1,
+            "target_update_interval": 1_000,
+            "exploration_fraction": 0.4,
+            "exploration_final_eps": 0.05,
+            "gamma": 0.99,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class TRPORecipe(Recipe):
+    """Trust region policy optimisation (Schulman et al. 2015), from sb3-contrib."""
+
+    arguments: Mapping[str, Any] = field(
+        default_factory=lambda: {"n_steps": 16, "batch_size": 512, "gamma": 1.0, "target_kl": 0.02}
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "ppo": PPORecipe(),
+    "a2c": A2CRecipe(),
+    "dqn": DQNRecipe(),
+    "trpo": TRPORecipe(),
+    "qrdqn": DQNRecipe(),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that it takes to make an agent again.
+
+    Attributes:
+        algo, id, fusion, seed, env_kwargs: as for :func:`make_agent`.
+        visible: the observations the agent sees; None is all of them.
+        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
+        recipe: the recipe's settings by name.
+    """
+
+    algo: str
+    id: str
+    fusion: str
+    seed: int
+    env_kwargs: dict[str, Any]
+    visible: tuple[str, ...] | None
+    encoders: dict[str, str]
+    precision: str
+    recipe: dict[str, Any]
+
+
+def resolve_device(device: str) -> str:
+    """``"auto"`` takes CUDA where there is one; any other name is taken at its word.
+
+    Raises:
+        ValueError: for an unknown device, or ``"cuda"`` on a machine without one.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and device != "cuda" and not device.startswith("cuda:"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda' (or 'cuda:1' ...), got {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} was asked for, but torch finds no CUDA device; use 'auto' or 'cpu'"
+        )
+    return device
+
+
+def default_precision(device: str) -> str:
+    """Half precision on CPUs that multiply it in hardware (AMX), where it is three times as fast."""
+    return "bfloat16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def make_agent(
+    algo: str,
+    id: str,
+    *,
+    fusion: str = "cross_attention",
+    device: str = "auto",
+    seed: int = 0,
+    env_kwargs: Mapping[str, Any] | None = None,
+    visible: tuple[str, ...] | None = None,
+    encoders: Mapping[str, str] | None = None,
+    precision: str | None = None,
+    **overrides: Any,
+) -> BaseAlgorithm:
+    """An untrained Stable-Baselines3 agent on the native vector environment.
+
+    Args:
+        algo: ``"ppo"``, ``"a2c"``, ``"dqn"``, and with sb3-contrib ``"trpo"``, ``"qrdqn"``.
+        id: environment of this suite.
+        fusion: a name in ``mmenvs.embeddings.FUSIONS``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        seed: of weights, actions and episodes.
+        env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``.
+        visible: names of the observations it may see; None is all, fewer makes a blind baseline.
+        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`; None is what is fast here.
+        **overrides: fields of the recipe (``num_envs``, ``learning_rate``, ...) or the algorithm's own
+            arguments (``n_steps``, ``batch_size``, ...).
+
+    Raises:
+        ValueError, TypeError, ImportError, gymnasium.error.Error: for what doesn't exist, with what does.
+    """
+    if algo not in RECIPES:
+        raise ValueError(f"algo must be one of {', '.join(RECIPES)}, got {algo!r}")
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+    task_class(id)
+    cls = _algorithm(algo)
+    device = resolve_device(device)
+    integer_in("seed", seed, 0, 2**32 - 1)
+    recipe = RECIPES[algo]
+    names = {f.name for f in fields(recipe)} - {"arguments"}
+    own = {name: value for name, value in overrides.items() if name in names}
+    arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
+    recipe = replace(recipe, **own, arguments=arguments)
+    env = make_vec_env(id, recipe.num_envs, **(env_kwargs or {}))
+    unknown = sorted(set(visible or ()) - set(env.observation_space.spaces))  # type: ignore[attr-defined]
+    if unknown or visible == ():
+        raise ValueError(
+            f"visible must name some of {', '.join(env.observation_space.spaces)}, got {visible!r}"
+        )  # type: ignore[attr-defined]
+    settings = Settings(
+        algo=algo,
+        id=id,
+        fusion=fusion,
+        seed=seed,
+        env_kwargs=dict(env_kwargs or {}),
+        visible=visible,
+        encoders=dict(encoders or {}),
+        precision=precision or default_precision(device),
+        recipe=asdict(recipe),
+    )
+    policy_kwargs = {
+        "features_extractor_class": MultimodalExtractor,
+        "features_extractor_kwargs": {
+            "encoders": settings.encoders,
+            "fusion": fusion,
+            "features_dim": recipe.features_dim,
+            "precision": settings.precision,
+            "visible": visible,
+        },
+        "net_arch": list(recipe.net_arch),
+    }
+    if algo in ("ppo", "a2c", "trpo"):
+        policy_kwargs["activation_fn"] = torch.nn.ReLU
+        policy_kwargs["optimizer_kwargs"] = {"eps": 1e-5}
+    if hasattr(recipe, "ent_coef"):
+        arguments["ent_coef"] = recipe.ent_coef
+    start = recipe.learning_rate
+    agent = cls(
+        "MultiInputPolicy",
+        env,
+        learning_rate=lambda remaining: start * max(remaining, 0.02),
+        policy_kwargs=policy_kwargs,
+        seed=seed,
+        device=device,
+        stats_window_size=1000,
+        **arguments,
+    )
+    agent.settings = settings
+    return agent
+
+
+def train(
+    agent: BaseAlgorithm,
+    total_steps: int,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool = True,
+    checkpoint_steps: int = 100_000,
+) -> bool:
+    """Train until the agent has seen ``total_steps`` steps of the environment, earlier ones counted in.
+
+    Args:
+        agent: from :func:`make_agent`, or from :func:`load` to go on with.
+        total_steps: end of training and of the schedules.
+        out: folder for the agent, ``progress_<first step>.csv`` and TensorBoard logs; None keeps nothing.
+        progress: show a bar with success rate and steps a second.
+        checkpoint_steps: save about every this many steps.
+
+    Returns:
+        False if Ctrl-C ended the training early (the agent is saved then too), else True.
+    """
+    integer_in("total_steps", total_steps, 1, 10**15)
+    integer_in("checkpoint_steps", checkpoint_steps, 1, 10**15)
+    if total_steps <= agent.num_timesteps:
+        raise ValueError(
+            f"total_steps must be over the {agent.num_timesteps} already done, got {total_steps}"
+        )
+    outputs = []
+    if out is not None:
+        # Each run has a file of its own: Stable-Baselines3 empties a CSV that is there.
+        outputs = [
+            make_output_format(kind, str(out), f"_{agent.num_timesteps}") for kind in ("csv", "tensorboard")
+        ]
+    agent.set_logger(Logger(None if out is None else str(out), outputs))
+    callback = _Callback(total_steps, out, progress, checkpoint_steps)
+    finished = True
+    try:
+        agent.learn(
+            total_steps - agent.num_timesteps,
+            callback,
+            log_interval=10 if agent.settings.algo in ("dqn", "qrdqn") else 1,
+            reset_num_timesteps=agent.num_timesteps == 0,
+        )
+    except KeyboardInterrupt:
+        finished = False
+    finally:
+        callback.close()
+        agent.logger.close()
+        agent.set_logger(Logger(None, []))
+    if out is not None:
+        save(agent, out)
+    return finished
+
+
+class _Callback(BaseCallback):
+    """Entropy schedule, progress bar and checkpoints."""
+
+    def __init__(self, total: int, out: Any, progress: bool, checkpoint_steps: int) -> None:
+        super().__init__()
+        self.total, self.out, self.checkpoint_steps = total, out, checkpoint_steps
+        self.bar: Any = None
+        if progress:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
+                BarColumn(),
+                TextColumn("{task.fields[success]} {task.fields[speed]}"),
+                TimeRemainingColumn(),
+                refresh_per_second=2,
+            )
+
+    def _on_training_start(self) -> None:
+        self.begin, self.first = time.perf_counter(), self.num_timesteps
+        self.saved = self.num_timesteps
+        if self.bar is not None:
+            self.bar.start()
+            self.line = self.bar.add_task("", total=self.total, completed=self.first, success="", speed="")
+
+    def _on_rollout_start(self) -> None:
+        recipe = self.model.settings.recipe
+        if "ent_coef" in recipe:
+            remaining = max(0.0, 1 - self.num_timesteps / self.total)
+            self.model.ent_coef = recipe["ent_coef"] * remaining  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.bar is not None:
+            successes = self.model.ep_success_buffer
+            speed = (self.num_timesteps - self.first) / max(time.perf_counter() - self.begin, 1e-9)
+            self.bar.update(
+                self.line,
+                completed=self.num_timesteps,
+                success=f"success {np.mean(successes):.3f}" if successes else "",
+                speed=f"{speed:,.0f} steps/s",
+            )
+        if self.out is not None and self.num_timesteps - self.saved >= self.checkpoint_steps:
+            save(self.model, self.out)
+            self.saved = self.num_timesteps
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
+    """Write settings (JSON), weights (safetensors) and optimiser state into ``folder``.
+
+    Weights and optimiser stand in files named after the step, and ``settings.json``, replaced last, names
+    the step: a save that is cut off leaves the one before in place. A replay buffer isn't kept.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    steps = agent.num_timesteps
+    weights = {name: value.contiguous() for name, value in agent.policy.state_dict().items()}
+    # safetensors refuses tensors that share memory; DQN's target network shares none, extractors may.
+    distinct = {name: value.clone() for name, value in weights.items()}
+    _write(path / f"weights_{steps}.safetensors", lambda file: save_file(distinct, file))
+    state = agent.policy.optimizer.state_dict()
+    _write(path / f"optimizer_{steps}.pt", lambda file: torch.save(state, file))
+    document = {
+        "format": FORMAT,
+        "steps": steps,
+        "settings": asdict(agent.settings),
+        "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
+    }
+    text = json.dumps(document, indent=2)
+    _write(path / "settings.json", lambda file: Path(file).write_text(text))
+    for pattern in ("weights_*.safetensors", "optimizer_*.pt"):
+        for old in path.glob(pattern):
+            if old.stem.split("_")[1] != str(steps):
+                old.unlink()
+
+
+def load(
+    folder: str | os.PathLike[str], device: str = "auto", env_kwargs: Mapping[str, Any] | None = None
+) -> BaseAlgorithm:
+    """The agent that :func:`save` wrote, ready to predict or to be trained further.
+
+    Args:
+        folder: where it was saved.
+        device: as for :func:`make_agent`.
+        env_kwargs: takes the place of single saved arguments of the environment; a ``source`` of real data
+            isn't saved and must be given here.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its files is missing.
+        ValueError: if the files are damaged or of another format.
+    """
+    path = Path(folder)
+    if not (path / "settings.json").is_file():
+        raise FileNotFoundError(
+            f"no agent in {str(folder)!r}: there is no settings.json; 'mmenvs train' writes one"
+        )
+    try:
+        document = json.loads((path / "settings.json").read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']} is not {FORMAT}")
+        settings = dict(document["settings"])
+        steps = int(document["steps"])
+        recipe = dict(settings.pop("recipe"))
+        arguments = recipe.pop("arguments")
+        arguments.pop("ent_coef", None)
+        recipe["net_arch"] = tuple(recipe["net_arch"])
+        settings["visible"] = None if settings["visible"] is None else tuple(settings["visible"])
+        settings["env_kwargs"] = {**settings["env_kwargs"], **(env_kwargs or {})}
+        agent = make_agent(**settings, device=device, **recipe, **arguments)
+        for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{str(path / name)!r} is missing")
+        agent.policy.load_state_dict(load_file(path / f"weights_{steps}.safetensors", str(agent.device)))
+        agent.policy.optimizer.load_state_dict(
+            torch.load(path / f"optimizer_{steps}.pt", map_location=agent.device, weights_only=True)
+        )
+    except (FileNotFoundError, NameNotFound, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"cannot load the agent in {str(folder)!r}: {type(error).__name__}: {error}"
+        ) from error
+    agent.num_timesteps = steps
+    # A resumed run must not see the episodes of its beginning again.
+    agent.get_env().seed(int(np.random.SeedSequence([settings["seed"], steps]).generate_state(1)[0]))  # type: ignore[union-attr]
+    return agent
+
+
+def _algorithm(algo: str) -> type[BaseAlgorithm]:
+    if algo in ("trpo", "qrdqn"):
+        try:
+            import sb3_contrib
+        except ImportError:
+            raise ImportError(f"algo={algo!r} needs sb3-contrib: pip install sb3-contrib") from None
+        return {"trpo": sb3_contrib.TRPO, "qrdqn": sb3_contrib.QRDQN}[algo]
+    return {"ppo": PPO, "a2c": A2C, "dqn": DQN}[algo]
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,125 @@
+"""What ``mmenvs demo`` does: train, compare with blind agents, and leave pictures of it."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from mmenvs import media
+
+ID = "MMRL/VQA-v0"
+DIFFICULTY = 0
+STEPS = 150_000
+SHORT_STEPS = 4_096
+BLIND_SHARE = 0.25  # of the steps of the agent that sees everything; blind ones level off early
+EPISODES, SHORT_EPISODES = 2000, 200
+ALGORITHM, FUSION = "ppo", "cross_attention"
+
+
+def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]) -> dict[str, Any]:
+    """Train on the train split, score on the test split.
+
+    Args:
+        out: folder that ``agent/``, ``learning_curve.png``, ``episodes.png`` and ``results.json`` go to.
+        steps: steps of training of the agent; each blind one takes ``BLIND_SHARE`` of them.
+        device, seed: as for training.
+        say: is told what happens.
+
+    Returns:
+        The evaluations by the names of the agents.
+    """
+    sb3 = importlib.import_module("mmenvs_agents.sb3")
+    evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
+    begin = time.perf_counter()
+    env_kwargs = {"difficulty": DIFFICULTY, "split": "train"}
+    episodes = EPISODES if steps > SHORT_STEPS else SHORT_EPISODES
+
+    def trained(total: int, folder: Path | None, **arguments: Any) -> Any:
+        agent = sb3.make_agent(
+            ALGORITHM, ID, fusion=FUSION, device=device, seed=seed, env_kwargs=env_kwargs, **arguments
+        )
+        if not sb3.train(agent, total, folder):
+            raise KeyboardInterrupt
+        return agent
+
+    blind_steps = max(1, round(steps * BLIND_SHARE))
+    say(f"{ALGORITHM} with {FUSION} learns {ID}, difficulty {DIFFICULTY}, {steps:,} steps")
+    folder = out / "agent"
+    agent = trained(steps, folder)
+    players = {"agent": agent}
+    for key, hidden in (("question", "picture"), ("image", "question")):
+        say(f"the same without the {hidden}, {blind_steps:,} steps")
+        players[f"{key}_only"] = trained(blind_steps, None, visible=(key,))
+    players |= {name: name for name in ("most_frequent", "random", "oracle")}
+    say(f"all answer the same {episodes:,} questions of the test split")
+    results = {
+        name: evaluate(player, ID, split="test", episodes=episodes, env_kwargs=env_kwargs, seed=seed)
+        for name, player in players.items()
+    }
+    draw_curve(out / "learning_curve.png", folder / "progress_0.csv", results, steps)
+    env = gym.make(ID, render_mode="rgb_array", split="test", difficulty=DIFFICULTY)
+    media.write_png(out / "episodes.png", media.play(env, agent, 12, seed, ends_only=True)[0], columns=2)
+    env.close()
+    document = {
+        "id": ID,
+        "steps": {"agent": steps, "blind": blind_steps},
+        "minutes": round((time.perf_counter() - begin) / 60, 2),
+        **{name: result.to_dict() for name, result in results.items()},
+    }
+    with media.replacing(out / "results.json") as file:
+        file.write_text(json.dumps(document, indent=2))
+    say(f"{document['minutes']} minutes in all")
+    return results
+
+
+def draw_curve(path: Path, log: Path, results: dict[str, Any], steps: int) -> None:
+    """Success while training from the CSV log, with the scores on the test split beside it."""
+    from matplotlib.figure import Figure
+
+    with open(log, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("rollout/success_rate")]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [float(row["time/total_timesteps"]) for row in rows],
+        [float(row["rollout/success_rate"]) for row in rows],
+        color="#3660a8",
+        label="agent, train split, last 1,000 episodes",
+    )
+    rate = results["agent"].success
+    axes.errorbar(
+        [steps],
+        [rate.value],
+        [[rate.value - rate.low], [rate.high - rate.value]],
+        fmt="o",
+        color="#168a42",
+        capsize=4,
+        label=f"agent, test split: {rate.value:.3f}",
+    )
+    styles = {
+        "oracle": "-",
+        "image_only": "--",
+        "question_only": "-.",
+        "most_frequent": ":",
+        "random": (0, (1, 4)),
+    }
+    for name, style in styles.items():
+        value = results[name].success.value
+        label = f"{name.replace('_', ' ')}: {value:.3f}"
+        axes.axhline(value, color="#767c86", linestyle=style, linewidth=1.2, label=label)
+    axes.set(
+        xlabel="steps of training",
+        ylabel="success",
+        ylim=(-0.02, 1.02),
+        title=f"{ID}, difficulty {DIFFICULTY}",
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    with media.replacing(path) as file:
+        figure.savefig(file, dpi=120)
