@@ -329,7 +329,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     console.print(table)
     first = next(iter(results.values()))
     if first.by_type:
-        table = Table("question", *(name.replace("_", " ") for name in results), "episodes")
+        table = Table("question", *(name.replace("_", " ") for name in results), "n")
         for kind, rate in first.by_type.items():
             shares = (f"{result.by_type[kind].value:.3f}" for result in results.values())
             table.add_row(kind.replace("_", " "), *shares, str(rate.n))

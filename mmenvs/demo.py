@@ -85,7 +85,7 @@ def draw_curve(path: Path, log: Path, results: dict[str, Any], steps: int) -> No
 
     with open(log, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("rollout/success_rate")]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(
         [float(row["time/total_timesteps"]) for row in rows],

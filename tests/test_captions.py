@@ -189,7 +189,7 @@ def test_canonical_caption_is_in_reading_order():
         assert [p._asdict() for p in parsed.phrases] == scene.words(scenes, i)
 
 
-@pytest.mark.parametrize("difficulty, limit", [(0, 16), (1, 26), (2, 45), (3, 65)])
+@pytest.mark.parametrize("difficulty, limit", [(0, 11), (1, 19), (2, 39), (3, 65)])
 def test_limit_has_room_for_every_paraphrase(difficulty, limit):
     level = scene.DIFFICULTIES[difficulty]
     assert captions.caption_limit(level) == limit

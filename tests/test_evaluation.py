@@ -117,7 +117,7 @@ def test_a_plain_function_is_an_agent():
         ({"episodes": 2.5}, TypeError, "episodes must be an integer"),
         ({"num_envs": 0}, ValueError, "num_envs must be from 1"),
         ({"seed": -1}, ValueError, "seed must be from 0"),
-        ({"agent": "best"}, ValueError, "agent must be one of 'random', 'oracle'"),
+        ({"agent": "best"}, ValueError, "agent must be one of 'random', 'most_frequent', 'oracle'"),
         ({"agent": 3}, TypeError, "agent must have a predict method"),
         ({"env_kwargs": {"difficulty": 9}}, ValueError, "difficulty must be from 0 to 3"),
         ({"env_kwargs": {"colour": 1}}, TypeError, "colour"),

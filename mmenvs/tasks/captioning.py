@@ -46,7 +46,7 @@ class Captioning(Task):
     | `image` | `Box(0, 255, (image_size, image_size, 3), uint8)` | the picture, RGB |
     | `caption` | `Box(0, V-1, (limit + 1,), int64)` | the start token and the words said so far, 0 is padding |
 
-    The limit is 16, 26, 45 and 65 words at difficulty 0 to 3, which is room for every object with all its
+    The limit is 11, 19, 39 and 65 words at difficulty 0 to 3, which is room for every object with all its
     attributes, relations and the end token; a source sets its own.
 
     ## Action Space
