@@ -45,7 +45,7 @@ class RandomAgent(Baseline):
     """Every action with the same probability."""
 
     def actions(self, episode_start: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
-        return self.generator.integers(int(self.envs.single_action_space.n), size=self.envs.num_envs)
+        return self.generator.integers(int(self.envs.task.action_space.n), size=self.envs.num_envs)
 
 
 class OracleAgent(Baseline):

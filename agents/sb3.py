@@ -163,6 +163,11 @@ def default_precision(device: str) -> str:
     return "bfloat16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
 
 
+def settings_of(agent: BaseAlgorithm) -> Settings:
+    """The settings of an agent from :func:`make_agent`."""
+    return agent.settings  # type: ignore[attr-defined]
+
+
 def make_agent(
     algo: str,
     id: str,
@@ -207,11 +212,9 @@ def make_agent(
     arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
     recipe = replace(recipe, **own, arguments=arguments)
     env = make_vec_env(id, recipe.num_envs, **(env_kwargs or {}))
-    unknown = sorted(set(visible or ()) - set(env.observation_space.spaces))  # type: ignore[attr-defined]
-    if unknown or visible == ():
-        raise ValueError(
-            f"visible must name some of {', '.join(env.observation_space.spaces)}, got {visible!r}"
-        )  # type: ignore[attr-defined]
+    seen = set(env.env.single_observation_space)
+    if visible is not None and (not visible or set(visible) - seen):
+        raise ValueError(f"visible must name some of {', '.join(sorted(seen))}, got {visible!r}")
     settings = Settings(
         algo=algo,
         id=id,
@@ -250,7 +253,7 @@ def make_agent(
         stats_window_size=1000,
         **arguments,
     )
-    agent.settings = settings
+    agent.settings = settings  # type: ignore[attr-defined]
     return agent
 
 
@@ -293,7 +296,7 @@ def train(
         agent.learn(
             total_steps - agent.num_timesteps,
             callback,
-            log_interval=10 if agent.settings.algo in ("dqn", "qrdqn") else 1,
+            log_interval=10 if settings_of(agent).algo in ("dqn", "qrdqn") else 1,
             reset_num_timesteps=agent.num_timesteps == 0,
         )
     except KeyboardInterrupt:
@@ -333,7 +336,7 @@ class _Callback(BaseCallback):
             self.line = self.bar.add_task("", total=self.total, completed=self.first, success="", speed="")
 
     def _on_rollout_start(self) -> None:
-        recipe = self.model.settings.recipe
+        recipe = settings_of(self.model).recipe
         if "ent_coef" in recipe:
             remaining = max(0.0, 1 - self.num_timesteps / self.total)
             self.model.ent_coef = recipe["ent_coef"] * remaining  # type: ignore[attr-defined]
@@ -378,7 +381,7 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     document = {
         "format": FORMAT,
         "steps": steps,
-        "settings": asdict(agent.settings),
+        "settings": asdict(settings_of(agent)),
         "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
     }
     text = json.dumps(document, indent=2)
@@ -447,8 +450,8 @@ def _algorithm(algo: str) -> type[BaseAlgorithm]:
             import sb3_contrib
         except ImportError:
             raise ImportError(f"algo={algo!r} needs sb3-contrib: pip install sb3-contrib") from None
-        return {"trpo": sb3_contrib.TRPO, "qrdqn": sb3_contrib.QRDQN}[algo]
-    return {"ppo": PPO, "a2c": A2C, "dqn": DQN}[algo]
+        return sb3_contrib.TRPO if algo == "trpo" else sb3_contrib.QRDQN
+    return PPO if algo == "ppo" else A2C if algo == "a2c" else DQN
 
 
 def _write(path: Path, write: Any) -> None:

@@ -1,7 +1,7 @@
 """Resident memory over a long native run: it must be flat after warm-up.
 
-    pip install -e ".[benchmark]"
-    python benchmarks/memory.py --steps 10_000_000
+pip install -e ".[benchmark]"
+python benchmarks/memory.py --steps 10_000_000
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The share of PPO's wall time that the environment and its adapter take, with the default recipe.
 
-    OMP_NUM_THREADS=1 python benchmarks/ppo_share.py --steps 40_000
+OMP_NUM_THREADS=1 python benchmarks/ppo_share.py --steps 40_000
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import time
 from typing import Any
 
-import mmenvs
 from mmenvs_agents.sb3 import make_agent, train
+
+import mmenvs
 
 
 def main() -> None:

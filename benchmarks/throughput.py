@@ -86,7 +86,9 @@ CONTESTANTS: dict[str, Callable[[], tuple[Callable[[], object], int]]] = {
     "VQA-v0 in SyncVectorEnv, 64 rows": lambda: sync("MMRL/VQA-v0", 64),
     "Minigrid RGB (64x64x3) in SyncVectorEnv, 16 rows": lambda: minigrid(16),
     "EnvPool Procgen Coinrun (64x64x3), 1,024 rows": lambda: procgen(ROWS),
-    "AudioVisualMatching-v0 native, 256 rows (4 pictures, 1 s)": lambda: native("MMRL/AudioVisualMatching-v0", 256),
+    "AudioVisualMatching-v0 native, 256 rows (4 pictures, 1 s)": lambda: native(
+        "MMRL/AudioVisualMatching-v0", 256
+    ),
     "Captioning-v0 native, 256 rows": lambda: native("MMRL/Captioning-v0", 256),
 }
 BASE, OURS = list(CONTESTANTS)[:2]
@@ -117,7 +119,9 @@ def main() -> None:
             rates[name].append(rows * steps / (time.perf_counter() - begin))
 
     median = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+    )
     print(f"numpy {np.__version__}, gymnasium {gym.__version__}, mmenvs {mmenvs.__version__}; one thread\n")
     print("| | observations / s | of np.copyto | VQA native is |\n|---|---:|---:|---:|")
     for name, rate in median.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -63,7 +63,9 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
         **kwargs: arguments of the task (``split``, ``difficulty``, ``image_size``, ...).
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012
+    action_space: spaces.Discrete  # type: ignore[assignment]
+    observation_space: spaces.Dict
 
     def __init__(
         self, task: str | type[Task], *, text: str = "ids", render_mode: str | None = None, **kwargs: Any
@@ -122,7 +124,7 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
         self._need_episode()
         return self.task.describe(0)
 
-    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8] | None:
         """A picture of the episode for people, ``(H, W, 3)`` uint8, if ``render_mode="rgb_array"``."""
         if self.render_mode is None:
             gym.logger.warn(
@@ -138,7 +140,8 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
 
     def _observation(self) -> dict[str, Any]:
         out = {
-            key: np.empty((1, *part.shape), part.dtype) for key, part in self.task.observation_space.items()
+            key: np.empty((1, *(part.shape or ())), part.dtype)
+            for key, part in self.task.observation_space.items()
         }
         self.task.observe(_ONE, out)
         observation: dict[str, Any] = {key: value[0] for key, value in out.items()}

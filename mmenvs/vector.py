@@ -92,7 +92,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._buffers = {
-            key: _Buffers((num_envs, *part.shape), part.dtype)
+            key: _Buffers((num_envs, *(part.shape or ())), part.dtype)
             for key, part in self.task.observation_space.items()
         }
         self._all: Rows = np.arange(num_envs)
@@ -192,7 +192,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             raise gym.error.ResetNeeded("call reset() before describe()")
         return self.task.describe(integer_in("row", row, 0, self.num_envs - 1))
 
-    def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
         """A picture ``(H, W, 3)`` of every row for people, if ``render_mode="rgb_array"``."""
         if self.render_mode is None:
             gym.logger.warn('render() without a render mode: make it with render_mode="rgb_array"')
@@ -219,7 +219,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
 
     def _check_actions(self, actions: Any) -> npt.NDArray[np.int64]:
         array = np.asarray(actions)
-        n = int(self.single_action_space.n)
+        n = int(self.task.action_space.n)
         if array.shape != (self.num_envs,) or array.dtype.kind not in "iu":
             raise gym.error.InvalidAction(
                 f"actions must be {self.num_envs} integers from 0 to {n - 1}, "
@@ -275,7 +275,9 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         # One dict a row is Gymnasium's form; filled key by key, that takes half as long as row by row.
         ended: list[Observation] = [{} for _ in rows]
         for key, value in parts.items():
-            for row, part in zip(ended, value if rows.size == self.num_envs else (value[i] for i in rows), strict=True):
+            for row, part in zip(
+                ended, value if rows.size == self.num_envs else (value[i] for i in rows), strict=True
+            ):
                 row[key] = part
         final = np.full(self.num_envs, None, dtype=object)
         final[rows] = ended

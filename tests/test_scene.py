@@ -105,6 +105,7 @@ def test_streams_of_neighbours_are_unrelated():
 
 def test_uniform_draws():
     streams = np.zeros(1, np.uint64)
+
     @njit
     def many(streams, n):
         out = np.empty((2, n))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 from PIL import Image, ImageOps
 
 from mmenvs.checks import integer_in, one_of
@@ -60,6 +61,16 @@ def decode(path: str | Path, size: int) -> Pictures:
             return np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # broken files make Pillow raise almost anything
         raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+@njit(cache=True, nogil=True)
+def _copy_rows(pictures, indices, out, rows):
+    # Twice as fast as out[rows] = pictures[indices], which copies twice.
+    source, target = pictures.reshape(pictures.shape[0], -1), out.reshape(out.shape[0], -1)
+    for j in range(rows.size):
+        picture, place = source[indices[j]], target[rows[j]]
+        for k in range(picture.size):
+            place[k] = picture[k]
 
 
 class _Held(NamedTuple):
@@ -138,7 +149,7 @@ class ImageStore:
     def read(
         self, indices: npt.NDArray[np.int64], size: int, out: Pictures, rows: npt.NDArray[np.int64]
     ) -> None:
-        """Copy pictures ``indices`` (m,) to ``out[rows]``; ``out`` is uint8 ``(n, size, size, 3)``.
+        """Copy pictures ``indices`` (m,) to ``out[rows]``; ``out`` is uint8 ``(n, size, size, 3)``, contiguous.
 
         Raises:
             ValueError: if one of them was left out.
@@ -147,7 +158,7 @@ class ImageStore:
         if not self.usable[indices].all():
             first = int(indices[np.argmin(self.usable[indices])])
             raise ValueError(f"{self.paths[first]} was left out: {self._reasons[first]}")
-        out[rows] = self._maps[size][indices]
+        _copy_rows(self._maps[size], indices, out, rows)
 
     def __getstate__(self) -> dict[str, Any]:
         # The pictures stay on disk; the copy maps them again when it needs them.
@@ -219,7 +230,7 @@ def _load(file: Path, count: int, size: int) -> _Held | None:
             opened.seek(pixels)
             index = json.loads(opened.read()[:-tail])
             stamps = np.array(index["stamps"], np.int64).reshape(count, 2)
-            pictures = np.memmap(opened, np.uint8, "r", shape=(count, size, size, 3))
+            pictures = np.asarray(np.memmap(opened, np.uint8, "r", shape=(count, size, size, 3)))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

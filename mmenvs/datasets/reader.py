@@ -66,7 +66,8 @@ class Records:
             at: what the record is called in an error, such as ``"annotations[3]"``.
         """
         value: Any = record.get(key)
-        if type(value) is not kind or (kind is int and not 0 <= value < 10**15):
+        other = type(value) is not kind
+        if other or (kind is int and not 0 <= value < 10**15):
             got = reprlib.repr(value) if key in record else "no such key"
             raise self.error(at, f"{key!r} must be {_KINDS[kind]}, got {got}")
         return value

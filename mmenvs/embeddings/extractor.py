@@ -91,7 +91,9 @@ class Extractor(nn.Module):
         for name, part in observation_space.spaces.items():
             modality = modalities[name] if name in modalities else modality_of(part)
             if modality not in ENCODERS:
-                raise ValueError(f"modalities[{name!r}] must be one of {', '.join(ENCODERS)}, got {modality!r}")
+                raise ValueError(
+                    f"modalities[{name!r}] must be one of {', '.join(ENCODERS)}, got {modality!r}"
+                )
             space = cast(spaces.Box, part)
             self.modalities[name] = modality
             self._channels_last[name] = modality in ("image", "images") and space.shape[-1] in (1, 3, 4)
@@ -181,7 +183,9 @@ def _encoder(
     if not isinstance(chosen, str):
         raise TypeError(f"encoders[{name!r}] must be a name or a torch module, got {chosen!r}")
     if chosen not in allowed:
-        raise ValueError(f"encoders[{name!r}] must be one of {', '.join(allowed)} ({modality}), got {chosen!r}")
+        raise ValueError(
+            f"encoders[{name!r}] must be one of {', '.join(allowed)} ({modality}), got {chosen!r}"
+        )
     return allowed[chosen](space, width)
 
 

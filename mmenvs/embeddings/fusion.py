@@ -6,6 +6,8 @@ plugged in: see :class:`Fusion`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -140,7 +142,10 @@ class CrossAttention(Fusion):
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
         for blocks in self.rounds:
-            tokens = {name: blocks[name](tokens[name], *_others(name, tokens, masks)) for name in self.lengths}
+            asking = cast(nn.ModuleDict, blocks)
+            tokens = {
+                name: asking[name](tokens[name], *_others(name, tokens, masks)) for name in self.lengths
+            }
         return self.readout(tokens, masks)
 
 

@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from mmenvs.embeddings.image import ConvEncoder
 
-# Sixteen tokens a frame: with several frames the tokens, not the pictures, would be the cost.
-FRAME_SIDE = 4
-
 
 class FrameEncoder(nn.Module):
     """The same :class:`~mmenvs.embeddings.image.ConvEncoder` for every frame, plus a vector for its number.
@@ -25,8 +22,8 @@ class FrameEncoder(nn.Module):
     def __init__(self, space: spaces.Box, width: int) -> None:
         super().__init__()
         self.frames = space.shape[0]
-        picture = spaces.Box(0, 255, space.shape[1:], space.dtype.type)  # type: ignore[union-attr]
-        self.encoder = ConvEncoder(picture, width, max_side=FRAME_SIDE)
+        picture = spaces.Box(0, 255, space.shape[1:], space.dtype.type)
+        self.encoder = ConvEncoder(picture, width)
         self.number = nn.Parameter(torch.randn(self.frames, 1, width) * 0.2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -48,9 +48,7 @@ class MultimodalVecEnv(VecEnv):
         )
         space = spaces.Dict(
             {
-                name: spaces.Box(0, 255, (part.shape[2], *part.shape[:2]), np.uint8)
-                if name in self._pictures
-                else part
+                name: _channels_first_space(part) if name in self._pictures else part
                 for name, part in env.single_observation_space.items()
             }
         )
@@ -60,7 +58,7 @@ class MultimodalVecEnv(VecEnv):
         self._actions: npt.NDArray[np.int64] | None = None
         super().__init__(env.num_envs, space, env.single_action_space)
 
-    def reset(self) -> Observation:  # type: ignore[override]
+    def reset(self) -> Observation:
         seeds = None if self._seeds[0] is None else [int(seed) for seed in self._seeds if seed is not None]
         observation, _ = self.env.reset(seed=seeds)
         self._reset_seeds()
@@ -72,7 +70,7 @@ class MultimodalVecEnv(VecEnv):
     def step_async(self, actions: npt.NDArray[Any]) -> None:
         self._actions = actions
 
-    def step_wait(self) -> tuple[Observation, npt.NDArray[Any], npt.NDArray[Any], list[dict[str, Any]]]:  # type: ignore[override]
+    def step_wait(self) -> tuple[Observation, npt.NDArray[Any], npt.NDArray[Any], list[dict[str, Any]]]:
         observation, rewards, terminated, truncated, infos = self.env.step(self._actions)
         self._returns += rewards
         self._lengths += 1
@@ -92,7 +90,9 @@ class MultimodalVecEnv(VecEnv):
     ) -> None:
         """Write the infos of the rows that ended."""
         seconds = round(time.perf_counter() - self._start, 6)
-        final = {name: values[ended].tolist() for name, values in infos["final_info"].items() if name[0] != "_"}
+        final = {
+            name: values[ended].tolist() for name, values in infos["final_info"].items() if name[0] != "_"
+        }
         columns = zip(
             ended.tolist(),
             np.round(self._returns[ended], 6).tolist(),
@@ -228,6 +228,11 @@ class MultimodalExtractor(BaseFeaturesExtractor):
 
 def _is_picture(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def _channels_first_space(space: spaces.Space) -> spaces.Box:
+    height, width, channels = space.shape or ()
+    return spaces.Box(0, 255, (channels, height, width), np.uint8)
 
 
 def _find(env: MultimodalVectorEnv, name: str) -> Any:

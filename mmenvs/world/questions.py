@@ -237,7 +237,7 @@ def _related(scenes, i, j, k, relation, grid):
 @njit(cache=True, nogil=True)
 def _extreme(scenes, i, option, grid):
     """The one object at the extreme, -1 if several share it."""
-    best, which = -100, -1
+    best, which = np.int64(-100), -1
     for k in range(scenes.count[i]):
         if option < 2:
             value = np.int64(scenes.cell[i, k] % grid)

@@ -48,7 +48,7 @@ DIFFICULTIES: tuple[Level, ...] = (
 class Scenes(NamedTuple):
     """A batch of n scenes. Objects stand in reading order: by rows from the top, each from the left."""
 
-    count: npt.NDArray[np.int64]  # (n,) number of objects
+    count: npt.NDArray[np.int64]  # type: ignore[assignment]  # (n,) number of objects
     attributes: npt.NDArray[np.uint8]  # (n, MAX_OBJECTS, 4) ids in the order of ATTRIBUTES
     cell: npt.NDArray[np.uint8]  # (n, MAX_OBJECTS) grid cell = row * grid + column, ascending
     x: npt.NDArray[np.float32]  # (n, MAX_OBJECTS) centre from the left, as a share of the width
@@ -81,6 +81,7 @@ def held_out(shape, colour):
     The first four shapes lack two colours each, every colour lacks one shape, so that each value by
     itself is seen in training (the CoGenT condition of CLEVR, Johnson et al. 2017).
     """
+    # Not "and": a branch here would be guessed wrongly most of the time.
     return (shape < 4) & (colour % 4 == shape)
 
 
@@ -112,8 +113,8 @@ def in_split(scenes: Scenes, i: int, split: int) -> bool:
         return False
     bucket = content_key(scenes, i) % uint64(10)
     if split == 0:
-        return bucket < uint64(8)
-    return bucket == uint64(7 + split)
+        return bool(bucket < uint64(8))
+    return bool(bucket == uint64(7 + split))
 
 
 @njit(cache=True, nogil=True)
