@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from mmenvs.embeddings.image import ConvEncoder
 
+# Four tokens a frame: with several frames their number, not the pictures, would be the cost.
+FRAME_SIDE = 2
+
 
 class FrameEncoder(nn.Module):
     """The same :class:`~mmenvs.embeddings.image.ConvEncoder` for every frame, plus a vector for its number.
@@ -23,7 +26,7 @@ class FrameEncoder(nn.Module):
         super().__init__()
         self.frames = space.shape[0]
         picture = spaces.Box(0, 255, space.shape[1:], space.dtype.type)
-        self.encoder = ConvEncoder(picture, width)
+        self.encoder = ConvEncoder(picture, width, max_side=FRAME_SIDE)
         self.number = nn.Parameter(torch.randn(self.frames, 1, width) * 0.2)
 
     def forward(self, x: Tensor) -> Tensor:
