@@ -59,7 +59,7 @@ class PPORecipe(Recipe):
     arguments: Mapping[str, Any] = field(
         default_factory=lambda: {
             "n_steps": 16,
-            "batch_size": 256,
+            "batch_size": 128,
             "n_epochs": 2,
             "gamma": 1.0,
             "gae_lambda": 0.95,

@@ -16,11 +16,11 @@ from mmenvs import media
 
 ID = "MMRL/VQA-v0"
 DIFFICULTY = 0
-STEPS = 150_000
+STEPS = 550_000
 SHORT_STEPS = 4_096
-BLIND_SHARE = 0.25  # of the steps of the agent that sees everything; blind ones level off early
+BLIND_SHARE = 0.1  # of the steps of the agent that sees everything; blind ones level off early
 EPISODES, SHORT_EPISODES = 2000, 200
-ALGORITHM, FUSION = "ppo", "cross_attention"
+ALGORITHM, FUSION = "ppo", "concat"
 
 
 def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]) -> dict[str, Any]:
