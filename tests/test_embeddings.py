@@ -113,9 +113,7 @@ def test_an_empty_text_keeps_one_place():
         assert torch.isfinite(features).all()
 
 
-@pytest.mark.parametrize(
-    ("modality", "encoder"), [(m, e) for m, names in ENCODERS.items() for e in names]
-)
+@pytest.mark.parametrize(("modality", "encoder"), [(m, e) for m, names in ENCODERS.items() for e in names])
 def test_every_encoder_gives_tokens(modality, encoder):
     space = single(modality)
     extractor = Extractor(space, encoders={modality: encoder}, width=32)

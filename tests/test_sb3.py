@@ -41,7 +41,9 @@ def test_it_gives_what_the_native_environment_gives(id):
         for name, value in channels_last(got).items():
             np.testing.assert_array_equal(value, expected[name])
         actions = np.where(
-            generator.random(n) < 0.5, native.oracle_actions(), generator.integers(adapter.action_space.n, size=n)
+            generator.random(n) < 0.5,
+            native.oracle_actions(),
+            generator.integers(adapter.action_space.n, size=n),
         )
         got, rewards, dones, infos = adapter.step(actions)
         expected, raw, terminated, truncated, native_infos = native.step(actions)
@@ -167,9 +169,7 @@ def test_other_algorithms(algorithm):
 
 def test_plain_environments_work_with_the_extractor():
     env = plain_make_vec_env(VQA, n_envs=2, seed=0)
-    model = PPO(
-        "MultiInputPolicy", env, n_steps=4, batch_size=8, n_epochs=1, policy_kwargs=policy_kwargs()
-    )
+    model = PPO("MultiInputPolicy", env, n_steps=4, batch_size=8, n_epochs=1, policy_kwargs=policy_kwargs())
     model.learn(8)
 
 

@@ -1,0 +1,160 @@
+"""Recipes, baselines, saving and loading, and that an agent learns."""
+
+import json
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from mmenvs_agents.baselines import BASELINES, MostFrequentAgent, OracleAgent, RandomAgent
+from mmenvs_agents.evaluation import evaluate
+from mmenvs_agents.sb3 import RECIPES, load, make_agent, resolve_device, save, train
+
+VQA, MATCHING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0"
+SMALL = {"num_envs": 8, "features_dim": 32, "fusion": "concat", "device": "cpu"}
+LITTLE = {
+    "ppo": {"n_steps": 8, "batch_size": 32},
+    "a2c": {},
+    "dqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
+    "trpo": {"n_steps": 8, "batch_size": 32},
+    "qrdqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
+}
+
+
+def weights(agent):
+    return {name: value.clone() for name, value in agent.policy.state_dict().items()}
+
+
+@pytest.mark.parametrize("algo", RECIPES)
+def test_every_recipe_trains_saves_and_goes_on(algo, tmp_path):
+    agent = make_agent(algo, VQA, **SMALL, **LITTLE[algo])
+    before = weights(agent)
+    assert train(agent, 128, tmp_path, progress=False)
+    assert any(not torch.equal(before[name], value) for name, value in weights(agent).items())
+    again = load(tmp_path, "cpu")
+    assert again.num_timesteps == agent.num_timesteps
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(agent).items())
+    observation, _ = gym.make_vec(VQA, num_envs=20).reset(seed=0)
+    np.testing.assert_array_equal(
+        agent.predict(observation, deterministic=True)[0], again.predict(observation, deterministic=True)[0]
+    )
+    train(again, 256, tmp_path, progress=False)
+    assert again.num_timesteps >= 256
+    assert len(list(tmp_path.glob("progress_*.csv"))) == 2
+    assert len(list(tmp_path.glob("weights_*"))) == len(list(tmp_path.glob("optimizer_*"))) == 1
+
+
+def test_ppo_learns_more_than_the_blind_know():
+    """40 thousand steps: well over random, and to where the most frequent answers are."""
+    agent = make_agent("ppo", VQA, fusion="concat", device="cpu")
+    train(agent, 40_000, progress=False)
+    scores = {
+        name: evaluate(player, VQA, episodes=1000).success.value
+        for name, player in {"agent": agent, **{name: name for name in BASELINES}}.items()
+    }
+    assert scores["oracle"] == 1.0
+    assert scores["random"] < 0.07
+    assert 0.2 < scores["most_frequent"] < 0.32
+    assert scores["agent"] > 0.2
+
+
+def test_same_seed_same_weights():
+    runs = []
+    for _ in range(2):
+        agent = make_agent("ppo", MATCHING, **SMALL, **LITTLE["ppo"], seed=3, env_kwargs={"image_size": 32})
+        train(agent, 128, progress=False)
+        runs.append(weights(agent))
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+def test_blind_agent_does_not_see():
+    agent = make_agent("ppo", VQA, **SMALL, visible=("question",))
+    observation, _ = gym.make_vec(VQA, num_envs=16).reset(seed=0)
+    other = {**observation, "image": 255 - observation["image"]}
+    np.testing.assert_array_equal(
+        agent.predict(observation, deterministic=True)[0], agent.predict(other, deterministic=True)[0]
+    )
+
+
+def test_baselines_play():
+    envs = gym.make_vec(VQA, num_envs=64, split="test")
+    observation, _ = envs.reset(seed=0)
+    oracle, _ = OracleAgent(envs).predict(observation)
+    np.testing.assert_array_equal(oracle, envs.oracle_actions())
+    random, _ = RandomAgent(envs, seed=1).predict(observation)
+    assert random.shape == (64,) and random.min() >= 0 and random.max() < 34
+    frequent = MostFrequentAgent(envs)
+    actions, _ = frequent.predict(observation, episode_start=np.ones(64, bool))
+    kinds = envs.task.questions.type
+    assert all(len(set(actions[kinds == kind])) == 1 for kind in set(kinds))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, says",
+    [
+        ({"algo": "sarsa"}, ValueError, "algo must be one of ppo, a2c, dqn"),
+        ({"fusion": "sum"}, ValueError, "fusion must be one of concat"),
+        ({"id": "MMRL/VQ-v0"}, gym.error.NameNotFound, "MMRL/VQA-v0"),
+        ({"device": "tpu"}, ValueError, "device must be 'auto', 'cpu' or 'cuda'"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"visible": ("sound",)}, ValueError, "visible must name some of image, question"),
+        ({"visible": ()}, ValueError, "visible"),
+        ({"env_kwargs": {"difficulty": 7}}, ValueError, "difficulty"),
+    ],
+)
+def test_errors_name_what_is_wrong(arguments, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        make_agent(**{"algo": "ppo", "id": VQA, **SMALL, **arguments})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_never_replaced_in_silence():
+    with pytest.raises(ValueError, match="torch finds no CUDA device"):
+        resolve_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_runs_on_cuda():
+    agent = make_agent("ppo", VQA, **{**SMALL, "device": "cuda"}, **LITTLE["ppo"])
+    train(agent, 128, progress=False)
+    assert next(agent.policy.parameters()).is_cuda
+
+
+def test_damaged_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no agent in"):
+        load(tmp_path / "nowhere")
+    agent = make_agent("ppo", VQA, **SMALL, **LITTLE["ppo"])
+    save(agent, tmp_path)
+    file = next(tmp_path.glob("weights_*"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match="cannot load the agent in"):
+        load(tmp_path, "cpu")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="weights_0"):
+        load(tmp_path, "cpu")
+    (tmp_path / "settings.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        load(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("steps", [0, -5, 1.5, "many"])
+def test_steps_must_be_a_positive_integer(steps):
+    agent = make_agent("ppo", VQA, **SMALL, **LITTLE["ppo"])
+    with pytest.raises((TypeError, ValueError), match="total_steps"):
+        train(agent, steps, progress=False)
+
+
+def test_interrupted_training_is_saved(tmp_path, monkeypatch):
+    agent = make_agent("ppo", VQA, **SMALL, **LITTLE["ppo"])
+    learn = type(agent).learn
+
+    def interrupted(self, total, *args, **kwargs):
+        learn(self, 64, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(agent), "learn", interrupted)
+    assert not train(agent, 1000, tmp_path, progress=False)
+    assert load(tmp_path, "cpu").num_timesteps == agent.num_timesteps > 0
