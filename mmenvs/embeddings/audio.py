@@ -53,8 +53,9 @@ class LogMelEncoder(nn.Module):
     """Log-mel spectrogram, then a CNN that keeps time and folds frequency into its channels.
 
     The spectrogram (32 ms windows every 20 ms, 40 mel bands) is what costs, so it is made without
-    gradients. Convolutions over time, one of stride 2, leave a token every 40 ms: 26 for a second (the layout of Hershey et al. 2017, "CNN architectures for large-scale audio
-    classification", cut down). Its time is added to each token.
+    gradients. Convolutions over time, one of stride 2, leave a token every 40 ms: 26 for a second (the
+    layout of Hershey et al. 2017, "CNN architectures for large-scale audio classification", cut down). Its
+    time is added to each token.
 
     Args:
         space: ``Box(-1, 1, (T,) or (C, T), float32)`` at 16 kHz; channels are averaged.

@@ -14,7 +14,7 @@ from numba import njit
 
 from mmenvs.world import scene as world
 from mmenvs.world.random import below
-from mmenvs.world.scene import N_VALUES, Level, Scenes, held_out
+from mmenvs.world.scene import Level, Scenes, held_out, values_of
 from mmenvs.world.words import (
     FIRST_COLOUR,
     FIRST_PLURAL,
@@ -45,7 +45,6 @@ ANSWERS = ("yes", "no", *NUMBERS, *world.SHAPES, *world.COLOURS, *world.SIZES, *
 _YES, _NO, _NUMBER = 0, 1, 2
 # The answer "value v of attribute a" is _FIRST_ANSWER[a] + v.
 _FIRST_ANSWER = (13, 21, 29, 31)
-_N_VALUES = N_VALUES
 MAX_COUNT = 5  # questions never have a higher count as their answer
 LENGTH = 20  # words of the longest question, rounded up
 _RELATIONS = ("left of", "right of", "above", "below")
@@ -187,14 +186,13 @@ def _set(scenes, i, k, description):
 
 
 @njit(cache=True, nogil=True)
-def _avoid(scenes, i, keep, description, streams, row):
+def _avoid(scenes, i, keep, description, streams, row, level):
     """Change one described attribute of every object but ``keep`` that matches."""
     for k in range(scenes.count[i]):
         while k != keep and _matches(scenes, i, k, description):
             a = below(streams, row, 4)
             if _value(description, a) >= 0:
-                # Levels with fewer than three textures never describe by texture.
-                scenes.attributes[i, k, a] = below(streams, row, _N_VALUES[a])
+                scenes.attributes[i, k, a] = below(streams, row, values_of(level, a))
 
 
 @njit(cache=True, nogil=True)
@@ -207,7 +205,7 @@ def _describe(most, without, streams, row, level, split):
             a = below(streams, row, 4)
             if a == without or _value(description, a) >= 0 or (a == 3 and level.textures == 1):
                 continue
-            description |= _byte(a, below(streams, row, level.textures if a == 3 else _N_VALUES[a]))
+            description |= _byte(a, below(streams, row, values_of(level, a)))
             left -= 1
         shape, colour = _value(description, 0), _value(description, 1)
         if split == 3 or shape < 0 or colour < 0 or not held_out(shape, colour):
@@ -215,10 +213,11 @@ def _describe(most, without, streams, row, level, split):
 
 
 @njit(cache=True, nogil=True)
-def _describe_two(attribute, streams, row):
+def _describe_two(attribute, streams, row, level):
     """Two descriptions by different values of one attribute."""
-    first = below(streams, row, _N_VALUES[attribute])
-    second = (first + 1 + below(streams, row, _N_VALUES[attribute] - 1)) % _N_VALUES[attribute]
+    n = values_of(level, attribute)
+    first = below(streams, row, n)
+    second = (first + 1 + below(streams, row, n - 1)) % n
     return _byte(attribute, first), _byte(attribute, second)
 
 
@@ -260,14 +259,15 @@ def _draw_answer(kind, streams, row, level):
         return _NUMBER + below(streams, row, min(level.objects_max, MAX_COUNT) + 1)
     if _QUERY <= kind < _RELATION:
         a = kind - _QUERY
-        return _FIRST_ANSWER[a] + below(streams, row, level.textures if a == 3 else _N_VALUES[a])
+        return _FIRST_ANSWER[a] + below(streams, row, values_of(level, a))
     if kind == _SUPERLATIVE:
-        return _FIRST_ANSWER[0] + below(streams, row, _N_VALUES[0] + _N_VALUES[1])
+        value = below(streams, row, level.shapes + values_of(level, 1))
+        return _FIRST_ANSWER[0] + value if value < level.shapes else _FIRST_ANSWER[1] + value - level.shapes
     return below(streams, row, 2)
 
 
 @njit(cache=True, nogil=True)
-def _place_counts(scenes, i, d1, d2, first, second, streams, row):
+def _place_counts(scenes, i, d1, d2, first, second, streams, row, level):
     """Make ``first`` random objects match ``d1``, ``second`` others ``d2`` (0: none), the rest neither."""
     left = scenes.count[i]
     for k in range(scenes.count[i]):
@@ -284,7 +284,7 @@ def _place_counts(scenes, i, d1, d2, first, second, streams, row):
             while _matches(scenes, i, k, d1) or (d2 > 0 and _matches(scenes, i, k, d2)):
                 a = below(streams, row, 4)
                 if _value(d1, a) >= 0:
-                    scenes.attributes[i, k, a] = below(streams, row, _N_VALUES[a])
+                    scenes.attributes[i, k, a] = below(streams, row, values_of(level, a))
 
 
 @njit(cache=True, nogil=True)
@@ -298,12 +298,12 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
         if wanted == _YES:
             _set(scenes, i, below(streams, row, n), d1)
         else:
-            _avoid(scenes, i, -1, d1, streams, row)
+            _avoid(scenes, i, -1, d1, streams, row, level)
     elif kind == _COUNT:
         if wanted - _NUMBER > n:
             return False
         d1 = _describe(1, -1, streams, row, level, split)
-        _place_counts(scenes, i, d1, d2, wanted - _NUMBER, 0, streams, row)
+        _place_counts(scenes, i, d1, d2, wanted - _NUMBER, 0, streams, row, level)
     elif kind < _RELATION:
         a = kind - _QUERY
         questions.attribute[q] = a
@@ -311,10 +311,10 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
         j = below(streams, row, n)
         _set(scenes, i, j, d1)
         scenes.attributes[i, j, a] = wanted - _FIRST_ANSWER[a]
-        _avoid(scenes, i, j, d1, streams, row)
+        _avoid(scenes, i, j, d1, streams, row, level)
     elif kind == _RELATION or kind == _COMPARE:
         by = below(streams, row, 2)
-        d1, d2 = _describe_two(by, streams, row)
+        d1, d2 = _describe_two(by, streams, row, level)
         j = below(streams, row, n)
         k = (j + 1 + below(streams, row, n - 1)) % n
         if kind == _RELATION:
@@ -329,13 +329,14 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
             if a == by:
                 return False
             questions.attribute[q] = a
-            other = (scenes.attributes[i, j, a] + 1 + below(streams, row, _N_VALUES[a] - 1)) % _N_VALUES[a]
+            n_values = values_of(level, a)
+            other = (scenes.attributes[i, j, a] + 1 + below(streams, row, n_values - 1)) % n_values
             scenes.attributes[i, k, a] = scenes.attributes[i, j, a] if wanted == _YES else other
-        _place_counts(scenes, i, d1, d2, 0, 0, streams, row)
+        _place_counts(scenes, i, d1, d2, 0, 0, streams, row, level)
         _set(scenes, i, j, d1)
         _set(scenes, i, k, d2)
     elif kind == _COUNTS:
-        d1, d2 = _describe_two(below(streams, row, 2), streams, row)
+        d1, d2 = _describe_two(below(streams, row, 2), streams, row, level)
         questions.option[q] = below(streams, row, 3)
         option = questions.option[q]
         most = min(n, MAX_COUNT)
@@ -346,7 +347,7 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
             truth = first > second if option == 0 else (first < second if option == 1 else first == second)
             if truth == (wanted == _YES):
                 break
-        _place_counts(scenes, i, d1, d2, first, second, streams, row)
+        _place_counts(scenes, i, d1, d2, first, second, streams, row, level)
     elif kind == _SUPERLATIVE:
         a = 0 if wanted < _FIRST_ANSWER[1] else 1
         questions.attribute[q] = a
@@ -370,9 +371,9 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
         else:
             pattern = below(streams, row, 3) + (0 if kind == _AND else 1)
         if not pattern & 1:
-            _avoid(scenes, i, -1, d1, streams, row)
+            _avoid(scenes, i, -1, d1, streams, row, level)
         if not pattern & 2:
-            _avoid(scenes, i, -1, d2, streams, row)
+            _avoid(scenes, i, -1, d2, streams, row, level)
         first = below(streams, row, n)
         second = (first + 1 + below(streams, row, max(n - 1, 1))) % n
         if pattern & 1:

@@ -28,6 +28,7 @@ class Level(NamedTuple):
     objects_min: int
     objects_max: int
     grid: int  # cells per side; at most one object stands in a cell
+    shapes: int  # how many of SHAPES occur
     textures: int  # how many of TEXTURES occur
     background: float  # largest deviation of the background from dark grey, in [0, 1]
     brightness: float  # the picture is scaled by 1 +- this
@@ -38,10 +39,10 @@ class Level(NamedTuple):
 
 
 DIFFICULTIES: tuple[Level, ...] = (
-    Level(1, 2, 2, 1, 0.00, 0.00, 0.0, 0.0, 0.000, 4),
-    Level(2, 3, 3, 3, 0.05, 0.10, 4.0, 0.0, 0.005, 8),
-    Level(3, 6, 4, 3, 0.10, 0.20, 10.0, 10.0, 0.010, 10),
-    Level(4, 10, 4, 3, 0.15, 0.30, 20.0, 15.0, 0.020, 12),
+    Level(1, 2, 2, 4, 1, 0.00, 0.00, 0.0, 0.0, 0.000, 4),
+    Level(2, 3, 3, 8, 3, 0.05, 0.10, 4.0, 0.0, 0.005, 8),
+    Level(3, 6, 4, 8, 3, 0.10, 0.20, 10.0, 10.0, 0.010, 10),
+    Level(4, 10, 4, 8, 3, 0.15, 0.30, 20.0, 15.0, 0.020, 12),
 )
 
 
@@ -72,6 +73,16 @@ def empty(n: int) -> Scenes:
         np.ones(n, np.float32),
         np.zeros(n, np.uint64),
     )
+
+
+@njit(inline="always")
+def values_of(level, a):
+    """How many values attribute ``a`` takes at a level."""
+    if a == 0:
+        return level.shapes
+    if a == 3:
+        return level.textures
+    return N_VALUES[a]
 
 
 @njit(inline="always")
@@ -139,7 +150,7 @@ def sample_layout(scenes: Scenes, i: int, streams, row: int, level: Level) -> No
 def sample_object(scenes: Scenes, i: int, k: int, streams, row: int, level: Level, novel: bool) -> None:
     """Draw the attributes of object ``k``: a held-out pair if ``novel``, never one otherwise."""
     while True:
-        shape = below(streams, row, 4 if novel else 8)
+        shape = below(streams, row, 4 if novel else level.shapes)
         colour = below(streams, row, 8)
         if held_out(shape, colour) == novel:
             break
