@@ -106,7 +106,15 @@ class TRPORecipe(Recipe):
     """Trust region policy optimisation (Schulman et al. 2015), from sb3-contrib."""
 
     arguments: Mapping[str, Any] = field(
-        default_factory=lambda: {"n_steps": 16, "batch_size": 512, "gamma": 1.0, "target_kl": 0.02}
+        default_factory=lambda: {
+            "n_steps": 16,
+            "batch_size": 256,
+            "gamma": 1.0,
+            "target_kl": 0.02,
+            "cg_max_steps": 5,
+            "n_critic_updates": 2,
+            "sub_sampling_factor": 4,
+        }
     )
 
 
@@ -378,10 +386,14 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     _write(path / f"weights_{steps}.safetensors", lambda file: save_file(distinct, file))
     state = agent.policy.optimizer.state_dict()
     _write(path / f"optimizer_{steps}.pt", lambda file: torch.save(state, file))
+    settings = asdict(settings_of(agent))
+    # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
+    if not isinstance(settings["env_kwargs"].get("source"), str):
+        settings["env_kwargs"].pop("source", None)
     document = {
         "format": FORMAT,
         "steps": steps,
-        "settings": asdict(settings_of(agent)),
+        "settings": settings,
         "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
     }
     text = json.dumps(document, indent=2)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from mmenvs import media
 
 ID = "MMRL/VQA-v0"
 DIFFICULTY = 0
-STEPS = 550_000
+STEPS = 720_000
 SHORT_STEPS = 4_096
-BLIND_SHARE = 0.1  # of the steps of the agent that sees everything; blind ones level off early
+BLIND_SHARE = 0.08  # of the steps of the agent that sees everything; blind ones level off early
 EPISODES, SHORT_EPISODES = 2000, 200
 ALGORITHM, FUSION = "ppo", "concat"
+ENV_KWARGS = {"difficulty": DIFFICULTY}
 
 
 def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]) -> dict[str, Any]:
@@ -38,31 +41,32 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
     sb3 = importlib.import_module("mmenvs_agents.sb3")
     evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
     begin = time.perf_counter()
-    env_kwargs = {"difficulty": DIFFICULTY, "split": "train"}
     episodes = EPISODES if steps > SHORT_STEPS else SHORT_EPISODES
-
-    def trained(total: int, folder: Path | None, **arguments: Any) -> Any:
-        agent = sb3.make_agent(
-            ALGORITHM, ID, fusion=FUSION, device=device, seed=seed, env_kwargs=env_kwargs, **arguments
-        )
-        if not sb3.train(agent, total, folder):
-            raise KeyboardInterrupt
-        return agent
-
     blind_steps = max(1, round(steps * BLIND_SHARE))
-    say(f"{ALGORITHM} with {FUSION} learns {ID}, difficulty {DIFFICULTY}, {steps:,} steps")
     folder = out / "agent"
-    agent = trained(steps, folder)
-    players = {"agent": agent}
-    for key, hidden in (("question", "picture"), ("image", "question")):
-        say(f"the same without the {hidden}, {blind_steps:,} steps")
-        players[f"{key}_only"] = trained(blind_steps, None, visible=(key,))
-    players |= {name: name for name in ("most_frequent", "random", "oracle")}
-    say(f"all answer the same {episodes:,} questions of the test split")
-    results = {
-        name: evaluate(player, ID, split="test", episodes=episodes, env_kwargs=env_kwargs, seed=seed)
-        for name, player in players.items()
-    }
+    threads = torch_threads(1)
+    # The blind agents learn on the other core meanwhile. Networks this small gain nothing from two threads.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other_core:
+        blind = {
+            f"{key}_only": other_core.submit(train_blind, key, blind_steps, device, seed, episodes)
+            for key in ("question", "image")
+        }
+        say(f"{ALGORITHM} with {FUSION} learns {ID}, difficulty {DIFFICULTY}, {steps:,} steps")
+        say(
+            f"beside it two blind ones, without the picture and without the question, {blind_steps:,} steps each"
+        )
+        agent = sb3.make_agent(ALGORITHM, ID, fusion=FUSION, device=device, seed=seed, env_kwargs=ENV_KWARGS)
+        if not sb3.train(agent, steps, folder):
+            other_core.shutdown(wait=False, cancel_futures=True)
+            raise KeyboardInterrupt
+        say(f"all answer the same {episodes:,} questions of the test split")
+        players = {"agent": agent, **{name: name for name in ("most_frequent", "random", "oracle")}}
+        results = {
+            name: evaluate(player, ID, split="test", episodes=episodes, env_kwargs=ENV_KWARGS, seed=seed)
+            for name, player in players.items()
+        }
+        results |= {name: future.result() for name, future in blind.items()}
+    torch_threads(threads)
     draw_curve(out / "learning_curve.png", folder / "progress_0.csv", results, steps)
     env = gym.make(ID, render_mode="rgb_array", split="test", difficulty=DIFFICULTY)
     media.write_png(out / "episodes.png", media.play(env, agent, 12, seed, ends_only=True)[0], columns=2)
@@ -77,6 +81,26 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
         file.write_text(json.dumps(document, indent=2))
     say(f"{document['minutes']} minutes in all")
     return results
+
+
+def train_blind(key: str, steps: int, device: str, seed: int, episodes: int) -> Any:
+    """Train an agent that sees ``key`` alone, and its score. Runs in a process of its own."""
+    torch_threads(1)
+    sb3 = importlib.import_module("mmenvs_agents.sb3")
+    evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
+    agent = sb3.make_agent(
+        ALGORITHM, ID, fusion=FUSION, device=device, seed=seed, env_kwargs=ENV_KWARGS, visible=(key,)
+    )
+    sb3.train(agent, steps, progress=False)
+    return evaluate(agent, ID, split="test", episodes=episodes, env_kwargs=ENV_KWARGS, seed=seed)
+
+
+def torch_threads(count: int) -> int:
+    """Set torch's threads; how many there were."""
+    torch = importlib.import_module("torch")
+    before: int = torch.get_num_threads()
+    torch.set_num_threads(count)
+    return before
 
 
 def draw_curve(path: Path, log: Path, results: dict[str, Any], steps: int) -> None:

@@ -17,7 +17,7 @@ LITTLE = {
     "ppo": {"n_steps": 8, "batch_size": 32},
     "a2c": {},
     "dqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
-    "trpo": {"n_steps": 8, "batch_size": 32},
+    "trpo": {"n_steps": 8, "batch_size": 32, "cg_max_steps": 3, "n_critic_updates": 2},
     "qrdqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
 }
 
@@ -55,8 +55,8 @@ def test_ppo_learns_more_than_the_blind_know():
     }
     assert scores["oracle"] == 1.0
     assert scores["random"] < 0.07
-    assert 0.2 < scores["most_frequent"] < 0.32
-    assert scores["agent"] > 0.2
+    assert 0.2 < scores["most_frequent"] < 0.4
+    assert scores["agent"] > scores["random"] + 0.2
 
 
 def test_same_seed_same_weights():
