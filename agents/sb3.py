@@ -113,7 +113,6 @@ class TRPORecipe(Recipe):
             "target_kl": 0.02,
             "cg_max_steps": 5,
             "n_critic_updates": 2,
-            "sub_sampling_factor": 4,
         }
     )
 
