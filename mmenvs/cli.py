@@ -187,7 +187,8 @@ def train(
                 raise ValueError(
                     f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
                 )
-            out.mkdir(parents=True, exist_ok=True)
+            if out.exists() and not out.is_dir():
+                raise ValueError(f"out must be a folder, {str(out)!r} is a file")
             model = make_agent(
                 id,
                 agent or "ppo",
@@ -198,6 +199,7 @@ def train(
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
                 **({} if num_envs is None else {"num_envs": num_envs}),
             )
+            out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finished = sb3.train(model, total, out)
     typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
@@ -225,17 +227,18 @@ def evaluate(
         if difficulty is not None:
             kwargs["difficulty"] = parse_difficulty(difficulty)
     evaluation = agents("evaluation")
-    results = {
-        name: evaluation.evaluate(
-            player, model.settings.id, split=split, episodes=episodes, env_kwargs=kwargs, seed=seed
-        )
-        for name, player in {
-            "agent": model,
-            "random": "random",
-            "most_frequent": "most_frequent",
-            "oracle": "oracle",
-        }.items()
-    }
+    with user_errors():
+        results = {
+            name: evaluation.evaluate(
+                player, model.settings.id, split=split, episodes=episodes, env_kwargs=kwargs, seed=seed
+            )
+            for name, player in {
+                "agent": model,
+                "random": "random",
+                "most_frequent": "most_frequent",
+                "oracle": "oracle",
+            }.items()
+        }
     if as_json:
         document = {"folder": str(folder), "steps": model.num_timesteps}
         typer.echo(

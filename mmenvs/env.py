@@ -27,6 +27,15 @@ def seed_word(seed: int) -> np.uint64:
     return np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
 
 
+def check_options(options: dict[str, Any] | None, allowed: tuple[str, ...]) -> None:
+    """Refuse options of ``reset`` that would be ignored."""
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(f"options must be None or a dict, got {options!r}")
+    unknown = sorted(set(options or ()) - set(allowed))
+    if unknown:
+        raise ValueError(f"options must have no keys but {list(allowed)}, got {unknown}")
+
+
 def string_space(space: spaces.Dict, vocabulary: Vocabulary) -> spaces.Dict:
     """``space`` with ``Text`` in place of word ids."""
     charset = "".join(sorted(set(" ".join(vocabulary.words))))
@@ -85,7 +94,11 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin the next episode of the stream of ``seed``, or of the last seed if it is None."""
+        """Begin the next episode of the stream of ``seed``, or of the last seed if it is None.
+
+        ``options`` has no keys here; any is a ``ValueError``.
+        """
+        check_options(options, ())
         super().reset(seed=seed)
         if seed is not None:
             self._seed, self._episode = seed, 0

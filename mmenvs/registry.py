@@ -52,6 +52,14 @@ def register(
         task: a :class:`mmenvs.tasks.base.Task` subclass at the top of a module, or ``"module:Class"``.
         tags, kwargs, min_score, max_score: see :class:`Spec`.
     """
+    if id in SPECS:
+        raise ValueError(f"id {id!r} is taken by {SPECS[id].task}; raise its version or choose another name")
+    if not isinstance(task, str):
+        missing = [
+            name for name in ("sample", "observe", "step", "info", "oracle") if not hasattr(task, name)
+        ]
+        if missing:
+            raise TypeError(f"task must be a subclass of mmenvs.tasks.base.Task, {task!r} lacks {missing}")
     path = task if isinstance(task, str) else f"{task.__module__}:{task.__qualname__}"
     SPECS[id] = Spec(id, path, tuple(tags), dict(kwargs or {}), min_score, max_score)
     gym.register(

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from mmenvs.env import load_and_check, new_seed, seed_word, string_space
+from mmenvs.env import check_options, load_and_check, new_seed, seed_word, string_space
 from mmenvs.tasks.base import Rows, Task, integer_in, one_of
 
 Observation = dict[str, Any]
@@ -112,6 +112,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             seed: row i gets ``seed + i``, or ``seed[i]``; None goes on with the streams in use.
             options: ``{"reset_mask": (num_envs,) bool}`` resets those rows only.
         """
+        check_options(options, ("reset_mask",))
         super().reset(seed=seed if isinstance(seed, int) else None)
         rows = self._masked_rows(options)
         seeds = [seed] * self.num_envs if seed is None or isinstance(seed, int) else list(seed)

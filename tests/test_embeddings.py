@@ -239,3 +239,15 @@ def test_errors_name_what_is_allowed(arguments, error, words):
 def test_other_spaces_are_refused():
     with pytest.raises(TypeError, match="Dict"):
         Extractor(modalities.image(32))
+
+
+def test_raw_arrays_and_missing_observations_are_named():
+    envs = gym.make_vec("MMRL/VQA-v0", num_envs=2)
+    extractor = Extractor(envs.single_observation_space)
+    observation, _ = envs.reset(seed=0)
+    with pytest.raises(TypeError, match="torch.as_tensor"):
+        extractor(observation)
+    with pytest.raises(ValueError, match="lacks 'question'"):
+        extractor({"image": torch.as_tensor(observation["image"])})
+    with pytest.raises(ValueError, match="features_dim"):
+        Extractor(envs.single_observation_space, features_dim=0)

@@ -286,3 +286,24 @@ def test_make_imports_the_package_by_itself():
 def test_unknown_id_names_the_nearest():
     with pytest.raises(gym.error.NameNotFound, match="MMRL/VQA-v0"):
         task_class("MMRL/VQ-v0")
+
+
+@every_id
+def test_unknown_reset_options_are_named(id):
+    for env in (gym.make(id), gym.make_vec(id, num_envs=2)):
+        with pytest.raises(ValueError, match="reset_maks"):
+            env.reset(seed=0, options={"reset_maks": None})
+        env.reset(seed=0, options={})
+
+
+def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
+    with pytest.raises(ValueError, match="is taken"):
+        mmenvs.register("MMRL/VQA-v0", task_class("MMRL/VQA-v0"))
+    with pytest.raises(TypeError, match="lacks"):
+        mmenvs.register("Mine/Nothing-v0", int)
+    assert "Mine/Nothing-v0" not in mmenvs.SPECS
+
+
+def test_integrations_load_when_first_used():
+    code = "import mmenvs; mmenvs.integrations.sb3.make_vec_env('MMRL/VQA-v0', 2)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from mmenvs.checks import integer_in
 from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.fusion import FUSIONS, Fusion, Tokens
 from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
@@ -76,6 +77,7 @@ class Extractor(nn.Module):
         super().__init__()
         if not isinstance(observation_space, spaces.Dict):
             raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
+        integer_in("features_dim", features_dim, 1, 2**20)
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
         self.features_dim, self.width, self.precision = features_dim, width, precision
@@ -116,6 +118,14 @@ class Extractor(nn.Module):
             observation: ``{name: (B, ...)}``. uint8 pictures are scaled to [0, 1] here, float ones are
                 taken to be in [0, 1] already.
         """
+        for name in self.encoders:
+            if name not in observation:
+                raise ValueError(f"observation lacks {name!r}; it needs {', '.join(self.encoders)}")
+            if not isinstance(observation[name], Tensor):
+                raise TypeError(
+                    f"observation[{name!r}] must be a batched torch tensor, got "
+                    f"{type(observation[name]).__name__}; torch.as_tensor makes one"
+                )
         tokens, masks = {}, {}
         device = next(iter(observation.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):

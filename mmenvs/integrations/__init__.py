@@ -1,0 +1,12 @@
+"""Adapters to other libraries, one module each; the library is imported when its module is first used."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name != "sb3":
+        raise AttributeError(f"module 'mmenvs.integrations' has no attribute {name!r}; there is sb3")
+    return importlib.import_module("mmenvs.integrations.sb3")
