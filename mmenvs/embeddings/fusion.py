@@ -6,6 +6,7 @@ plugged in: see :class:`Fusion`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from mmenvs.embeddings.attention import Block
 Tokens = dict[str, Tensor]
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """What a fusion strategy is. Subclass it and pass the class as ``fusion=``.
 
     Args:
@@ -32,8 +33,9 @@ class Fusion(nn.Module):
         super().__init__()
         self.lengths, self.width, self.features_dim = dict(lengths), width, features_dim
 
+    @abstractmethod
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
-        raise NotImplementedError
+        """Features ``(B, features_dim)`` of the tokens."""
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
