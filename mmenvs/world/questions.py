@@ -189,10 +189,18 @@ def _set(scenes, i, k, description):
 def _avoid(scenes, i, keep, description, streams, row, level):
     """Change one described attribute of every object but ``keep`` that matches."""
     for k in range(scenes.count[i]):
-        while k != keep and _matches(scenes, i, k, description):
-            a = below(streams, row, 4)
-            if _value(description, a) >= 0:
-                scenes.attributes[i, k, a] = below(streams, row, values_of(level, a))
+        if k != keep and _matches(scenes, i, k, description):
+            _change(scenes, i, k, description, streams, row, level)
+
+
+@njit(cache=True, nogil=True)
+def _change(scenes, i, k, description, streams, row, level):
+    """Give object ``k`` another value of one of the described attributes, each as likely."""
+    a = below(streams, row, 4)
+    while _value(description, a) < 0:
+        a = below(streams, row, 4)
+    n = values_of(level, a)
+    scenes.attributes[i, k, a] = (_value(description, a) + 1 + below(streams, row, n - 1)) % n
 
 
 @njit(cache=True, nogil=True)

@@ -33,7 +33,10 @@ _DARK = 0.42  # the dark parts of a texture, as a share of the colour
 _FULL = 128  # weight of an opaque pixel; at most 128, so that weighted bytes add up within 16 bits
 _NOISE_BYTES = 1 << 14
 _CHUNK = 1536  # bytes of a picture that read one stretch of the noise
-_BLOCK = 32  # sprite lines are padded to a multiple of this, so that vector instructions fit them
+# Pictures whose backgrounds are laid before their objects: their memory is at hand by then.
+_AHEAD = 8
+_STRETCH = 192  # bytes of background laid at a time: whole pixels and whole vectors
+_BLOCK = 64  # sprite lines are padded to a multiple of this, the step of the widest vector loop
 
 
 class Atlas(NamedTuple):
@@ -191,8 +194,7 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     total = uint64(3 * width * height)
     pictures = out.reshape(n, 3 * width * height)
     chunk = uint64(_CHUNK)
-    # Composed in a canvas that stays in the cache. Its end takes the padding of sprites.
-    canvas = np.empty(3 * width * height + _BLOCK, np.uint8)
+    background = np.empty(_STRETCH, np.uint8)
     paint = np.empty(atlas.line.max(), np.uint8)
     # Noise is what is added, saturating, and then what is taken away: one of the two is 0.
     more = np.zeros(atlas.noise.size, np.uint8)
@@ -204,44 +206,51 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
             less[b] = max(-grey, 0)
     places = uint64(atlas.noise.size - _CHUNK)
 
-    for j in range(rows.size):
-        i = rows[j]
-        bright = scenes.brightness[i]
-        # One stretch of background, then twice as much each time.
-        for c in range(3):
-            value = _byte(scenes.background[i, c] * bright)
-            for x in range(c, 3 * _BLOCK, 3):
-                canvas[x] = value
-        filled = uint64(3 * _BLOCK)
-        while filled < total:
-            for x in range(min(filled, total - filled)):
-                canvas[filled + x] = canvas[x]
-            filled *= uint64(2)
-        for k in range(scenes.count[i]):
-            _blit(scenes, i, k, atlas, bright, paint, canvas, width, height)
-        picture = pictures[i]
-        if noise > 0.0:
-            for first in range(uint64(0), total, chunk):
-                place = hash2(scenes.noise_key[i], first) % places
-                for x in range(min(chunk, total - first)):
-                    old = canvas[first + x]
-                    high = np.uint8(old + more[place + x])
-                    high = np.uint8(255) if high < old else high
-                    low = less[place + x]
-                    picture[first + x] = np.uint8(high - low) if high > low else np.uint8(0)
-        else:
-            for x in range(total):
-                picture[x] = canvas[x]
+    for begin in range(0, rows.size, _AHEAD):
+        some = rows[begin : begin + _AHEAD]
+        for j in range(some.size):
+            i = some[j]
+            for c in range(3):
+                value = _byte(scenes.background[i, c] * scenes.brightness[i])
+                for x in range(c, _STRETCH, 3):
+                    background[x] = value
+            _fill(pictures[i], background, total)
+        for j in range(some.size):
+            i = some[j]
+            picture = pictures[i]
+            for k in range(scenes.count[i]):
+                _blit(scenes, i, k, atlas, paint, picture, width, height)
+            if noise > 0.0:
+                for first in range(uint64(0), total, chunk):
+                    place = hash2(scenes.noise_key[i], first) % places
+                    for x in range(min(chunk, total - first)):
+                        old = picture[first + x]
+                        high = np.uint8(old + more[place + x])
+                        high = np.uint8(255) if high < old else high
+                        low = less[place + x]
+                        picture[first + x] = np.uint8(high - low) if high > low else np.uint8(0)
 
 
 @njit(inline="always")
-def _blit(scenes, i, k, atlas, bright, paint, canvas, width, height):
-    """Place object ``k`` of scene ``i`` on the canvas."""
+def _fill(picture, background, total):
+    stretch = uint64(_STRETCH)
+    first = uint64(0)
+    while first + stretch <= total:
+        for x in range(stretch):
+            picture[first + x] = background[x]
+        first += stretch
+    for x in range(total - first):
+        picture[first + x] = background[x]
+
+
+@njit(inline="always")
+def _blit(scenes, i, k, atlas, paint, picture, width, height):
+    """Place object ``k`` of scene ``i`` on its picture, flat ``(H * W * 3,)``."""
     size = scenes.attributes[i, k, 2]
     side = atlas.side[size]
     line = uint64(atlas.line[size])
     for c in range(3):
-        value = _byte(PALETTE[scenes.attributes[i, k, 1], c] * bright)
+        value = _byte(PALETTE[scenes.attributes[i, k, 1], c] * scenes.brightness[i])
         for x in range(c, line, 3):
             paint[x] = value
     turn = int(math.floor(scenes.angle[i, k] / ANGLE_STEP + 0.5))
@@ -255,10 +264,12 @@ def _blit(scenes, i, k, atlas, bright, paint, canvas, width, height):
     top = min(max(top, 0), height - side)
     target = uint64(3 * (top * width + left))
     stride = uint64(3 * width)
+    total = uint64(3 * width * height)
     for _ in range(side):
-        for x in range(line):
-            old = np.uint16(canvas[target + x]) * np.uint16(atlas.clear[source + x])
+        # The padding of a line changes nothing, but must not be written behind the picture.
+        for x in range(min(line, total - target)):
+            old = np.uint16(picture[target + x]) * np.uint16(atlas.clear[source + x])
             new = np.uint16(paint[x]) * np.uint16(atlas.ink[source + x])
-            canvas[target + x] = np.uint8(np.uint16(old + new) >> np.uint16(7))
+            picture[target + x] = np.uint8(np.uint16(old + new) >> np.uint16(7))
         source += line
         target += stride
