@@ -25,6 +25,8 @@ from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import integer_in
 
+from .optimizers import Muon
+
 FORMAT = 1
 
 
@@ -70,7 +72,7 @@ class PPORecipe(Recipe):
 
 @dataclass(frozen=True)
 class A2CRecipe(Recipe):
-    """Advantage actor-critic (Mnih et al. 2016); Adam, as its RMSprop diverges with attention layers."""
+    """Advantage actor-critic (Mnih et al. 2016), without its RMSprop, which diverges with attention layers."""
 
     num_envs: int = 256
     learning_rate: float = 7e-4
@@ -166,8 +168,9 @@ def resolve_device(device: str) -> str:
 
 
 def default_precision(device: str) -> str:
-    """Half precision on CPUs that multiply it in hardware (AMX), where it is three times as fast."""
-    return "bfloat16" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    """Half precision on CPUs that multiply it in hardware: 1.5 times as fast with AVX-512, 3 with AMX."""
+    in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if device == "cpu" and in_hardware else "float32"
 
 
 def settings_of(agent: BaseAlgorithm) -> Settings:
@@ -246,7 +249,6 @@ def make_agent(
     }
     if algo in ("ppo", "a2c", "trpo"):
         policy_kwargs["activation_fn"] = torch.nn.ReLU
-        policy_kwargs["optimizer_kwargs"] = {"eps": 1e-5}
     if hasattr(recipe, "ent_coef"):
         arguments["ent_coef"] = recipe.ent_coef
     start = recipe.learning_rate
@@ -260,6 +262,10 @@ def make_agent(
         stats_window_size=1000,
         **arguments,
     )
+    if algo in ("ppo", "a2c"):
+        # With Adam the encoders learn too slowly from a reward alone: matching stays at chance.
+        policy: Any = agent.policy
+        policy.optimizer = Muon(policy, (policy.action_net, policy.value_net), start)
     agent.settings = settings  # type: ignore[attr-defined]
     return agent
 
