@@ -337,3 +337,7 @@ def print_results(results: Mapping[str, Any]) -> None:
             shares = (f"{result.by_type[kind].value:.3f}" for result in results.values())
             table.add_row(kind.replace("_", " "), *shares, str(rate.n))
         console.print(table)
+
+
+# Registers its commands on ``app``, which it imports from here.
+from mmenvs import cli_embeddings  # noqa: E402, F401
