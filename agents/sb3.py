@@ -21,11 +21,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from mmenvs.embeddings.fusion import FUSIONS
+from mmenvs.embeddings.optimizers import Muon
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import integer_in
-
-from .optimizers import Muon
 
 FORMAT = 1
 

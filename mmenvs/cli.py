@@ -340,4 +340,4 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 # Registers its commands on ``app``, which it imports from here.
-from mmenvs import cli_embeddings  # noqa: E402, F401
+from mmenvs import cli_embeddings  # noqa: F401

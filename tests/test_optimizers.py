@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from mmenvs_agents.optimizers import Muon, orthogonalised
 from mmenvs_agents.sb3 import make_agent
 from torch import nn
+
+from mmenvs.embeddings.optimizers import Muon, orthogonalised
 
 
 def network() -> nn.Sequential:
