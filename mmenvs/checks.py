@@ -21,3 +21,20 @@ def integer_in(name: str, value: Any, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
     return int(value)
+
+
+def check_image_size(value: Any) -> int:
+    """An even picture size from 32 to 512 pixels."""
+    size = integer_in("image_size", value, 32, 512)
+    if size % 2:
+        raise ValueError(f"image_size must be even, got {size}")
+    return size
+
+
+def check_seconds(value: Any) -> float:
+    """A length of sound from 0.5 to 2 seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"seconds must be a number from 0.5 to 2, got {value!r}")
+    if not 0.5 <= value <= 2.0:
+        raise ValueError(f"seconds must be from 0.5 to 2, got {value}")
+    return float(value)

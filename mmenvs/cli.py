@@ -79,6 +79,14 @@ def parse_difficulty(text: str) -> int:
     return int(text)
 
 
+def parse_list(text: str) -> list[str]:
+    """The parts of a comma-separated list; a ``ValueError`` if there are none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"a list such as a,b must hold a part at least, got {text!r}")
+    return parts
+
+
 @app.command("list")
 def list_() -> None:
     """Table of the environments."""

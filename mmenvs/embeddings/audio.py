@@ -61,7 +61,7 @@ class LogMelEncoder(nn.Module):
         space: ``Box(-1, 1, (T,) or (C, T), float32)`` at 16 kHz; channels are averaged.
         width: size of a token.
 
-    Shapes: ``(B, T)`` or ``(B, C, T)`` float to ``(B, T // 640 + 1, width)``.
+    Shapes: ``(B, T)`` or ``(B, C, T)`` float to ``(B, T // 640 + 1, width)``; sounds may be shorter than the space's.
     """
 
     def __init__(self, space: spaces.Box, width: int) -> None:
@@ -82,4 +82,5 @@ class LogMelEncoder(nn.Module):
         return self.body(self.spectrogram(sound)).transpose(1, 2)
 
     def forward(self, sound: Tensor) -> Tensor:
-        return self.norm(self._tokens(sound)) + self.place
+        tokens = self._tokens(sound)
+        return self.norm(tokens) + self.place[: tokens.shape[1]]

@@ -16,7 +16,7 @@ class WordEncoder(nn.Module):
         space: ``Box(0, V - 1, (L,), int64)``.
         width: size of a token.
 
-    Shapes: ``(B, L)`` ids of any dtype to ``(B, L, width)``.
+    Shapes: ``(B, L)`` ids of any dtype to ``(B, L, width)``; texts may be shorter than the space's.
     """
 
     def __init__(self, space: spaces.Box, width: int) -> None:
@@ -25,7 +25,7 @@ class WordEncoder(nn.Module):
         self.place = nn.Parameter(torch.randn(space.shape[0], width) * 0.2)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.words(ids.long()) + self.place
+        return self.words(ids.long()) + self.place[: ids.shape[1]]
 
 
 class GRUEncoder(nn.Module):

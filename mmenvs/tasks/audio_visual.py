@@ -70,6 +70,8 @@ class AudioVisualMatching(Task):
     * `image_size=64`: even, 32 to 512 pixels.
     * `candidates=4`: 2 to 8.
     * `seconds=1.0`: length of the sound, 0.5 to 2.
+    * `pool_size=None`: None draws every scene anew; N draws from a finite pool of N scenes of the split, whose
+      embeddings can be cached whole. `task.pool_index` says which one it is.
 
     ## References
 
@@ -91,8 +93,9 @@ class AudioVisualMatching(Task):
         image_size: int = 64,
         candidates: int = 4,
         seconds: float = 1.0,
+        pool_size: int | None = None,
     ) -> None:
-        super().__init__(num_envs, split=split, difficulty=difficulty)
+        super().__init__(num_envs, split=split, difficulty=difficulty, pool_size=pool_size)
         self.image_size = check_image_size(image_size)
         self.candidates = integer_in("candidates", candidates, 2, 8)
         self.seconds = _check_seconds(seconds)

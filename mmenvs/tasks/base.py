@@ -25,6 +25,14 @@ def check_image_size(value: Any) -> int:
     return size
 
 
+def check_no_pool(pool_size: Any) -> None:
+    """Refuse a pool of scenes where the episodes come from a source."""
+    if pool_size is not None:
+        raise ValueError(
+            f"pool_size must be None with a source, whose items are a finite pool already, got {pool_size!r}"
+        )
+
+
 class Task(ABC):
     """``num_envs`` episodes of one task, each with its own random stream.
 
@@ -35,6 +43,12 @@ class Task(ABC):
         num_envs: number of rows.
         split: one of ``SPLITS``.
         difficulty: 0 to 3, see ``mmenvs.world.scene.DIFFICULTIES``.
+        pool_size: None draws every episode anew; N draws it from the first N items of the split's pool.
+
+    Attributes:
+        pool_index: int64 ``(num_envs,)``, the pool's item that each row's episode is, -1 without a pool. The
+            observations at the start of an episode depend on it, the split, the difficulty and the task's
+            other arguments alone, not on ``pool_size``.
     """
 
     # Observations that don't change between reset and the end of the episode.
@@ -45,12 +59,16 @@ class Task(ABC):
     vocabulary: Vocabulary
     info_types: dict[str, type]  # every key of the infos and its Python type: bool, int or float
 
-    def __init__(self, num_envs: int, *, split: str = "train", difficulty: int = 0) -> None:
+    def __init__(
+        self, num_envs: int, *, split: str = "train", difficulty: int = 0, pool_size: int | None = None
+    ) -> None:
         self.num_envs = num_envs
         self.split: str = one_of("split", split, SPLITS)
         self.difficulty = integer_in("difficulty", difficulty, 0, len(DIFFICULTIES) - 1)
         self.level = DIFFICULTIES[self.difficulty]
+        self.pool_size = None if pool_size is None else integer_in("pool_size", pool_size, 1, 2**31 - 1)
         self.streams = np.zeros(num_envs, np.uint64)
+        self.pool_index = np.full(num_envs, -1, np.int64)
 
     @property
     def split_id(self) -> int:
@@ -59,6 +77,15 @@ class Task(ABC):
     def start(self, rows: Rows, seeds: npt.NDArray[np.uint64], episodes: npt.NDArray[np.int64]) -> None:
         """Begin episode ``episodes[i]`` of ``seeds[i]`` in each of ``rows``."""
         random.start(self.streams, rows, self.split_id, seeds, episodes)
+        if self.pool_size is None:
+            self.sample(rows)
+        else:
+            random.below_rows(self.streams, rows, self.pool_size, self.pool_index)
+            self.start_pool(rows)
+
+    def start_pool(self, rows: Rows) -> None:
+        """Begin, in each of ``rows``, the pool's item ``self.pool_index[i]``."""
+        random.start_pool(self.streams, rows, self.split_id, self.pool_index)
         self.sample(rows)
 
     @abstractmethod

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from mmenvs import rewards
 from mmenvs import spaces as modalities
-from mmenvs.tasks.base import Rows, Task, check_image_size
+from mmenvs.tasks.base import Rows, Task, check_image_size, check_no_pool
 from mmenvs.text import END, PAD, START, UNKNOWN
 from mmenvs.world import captions, random, render, scene
 from mmenvs.world.words import VOCABULARY
@@ -103,6 +103,8 @@ class Captioning(Task):
       such as `{"scene_f1": 1.0, "hallucination": -0.5}`, or a function from the parts of m ended captions,
       `{name: float64 (m,)}`, to m rewards.
     * `source=None`: a reader such as `mmenvs.datasets.CocoCaptions`.
+    * `pool_size=None`: None draws every scene anew; N draws from a finite pool of N scenes of the split, whose
+      embeddings can be cached whole. `task.pool_index` says which one it is. Not with a source.
     * `text="ids"`: `"string"` gives the caption as a sentence.
 
     ## References
@@ -127,8 +129,9 @@ class Captioning(Task):
         image_size: int = 64,
         reward: Reward | None = None,
         source: CaptionSource | None = None,
+        pool_size: int | None = None,
     ) -> None:
-        super().__init__(num_envs, split=split, difficulty=difficulty)
+        super().__init__(num_envs, split=split, difficulty=difficulty, pool_size=pool_size)
         self.image_size = check_image_size(image_size)
         self.source = source
         if source is None:
@@ -137,6 +140,7 @@ class Captioning(Task):
             self.scenes = scene.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
+            check_no_pool(pool_size)
             _check_source(source)
             source.prepare(self.image_size)
             self.parts = tuple(name for name in _PARTS if name not in _SCENE_PARTS)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mmenvs import spaces as modalities
-from mmenvs.tasks.base import Rows, Task, check_image_size
+from mmenvs.tasks.base import Rows, Task, check_image_size, check_no_pool
 from mmenvs.world import questions, random, render, scene
 from mmenvs.world.words import VOCABULARY
 
@@ -68,6 +68,8 @@ class VQA(Task):
       compare attribute; 2 adds compare counts and superlative; 3 adds and, or.
     * `image_size=64`: even, 32 to 512 pixels.
     * `source=None`: a reader such as `mmenvs.datasets.VQAv2`.
+    * `pool_size=None`: None draws every scene anew; N draws from a finite pool of N scenes of the split, whose
+      embeddings can be cached whole. `task.pool_index` says which one it is. Not with a source.
     * `text="ids"`: `"string"` gives the question as a sentence.
 
     ## References
@@ -90,8 +92,9 @@ class VQA(Task):
         difficulty: int = 0,
         image_size: int = 64,
         source: QuestionSource | None = None,
+        pool_size: int | None = None,
     ) -> None:
-        super().__init__(num_envs, split=split, difficulty=difficulty)
+        super().__init__(num_envs, split=split, difficulty=difficulty, pool_size=pool_size)
         self.image_size = check_image_size(image_size)
         self.source = source
         self.info_types = {"is_success": bool, "question_type": int, "answer": int}
@@ -103,6 +106,7 @@ class VQA(Task):
             self.questions = questions.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
+            check_no_pool(pool_size)
             _check_source(source, ("questions", "score", "prepare", "select", "pictures"))
             source.prepare(self.image_size)
             self.vocabulary, length = source.vocabulary, source.question_length

@@ -75,6 +75,25 @@ def start(
 
 
 @njit(cache=True, nogil=True)
+def start_pool(
+    streams: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64], split: int, indices: npt.NDArray[np.int64]
+) -> None:
+    """Set the streams of ``rows`` to the start of item ``indices[i]`` of the split's pool."""
+    for j in range(rows.size):
+        i = rows[j]
+        streams[i] = hash2(hash2(uint64(split), uint64(indices[i])), uint64(2))
+
+
+@njit(cache=True, nogil=True)
+def below_rows(
+    streams: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64], n: int, out: npt.NDArray[np.int64]
+) -> None:
+    """Draw an integer in [0, n) for each of ``rows`` from its stream, into ``out[rows]``."""
+    for j in range(rows.size):
+        out[rows[j]] = below(streams, rows[j], n)
+
+
+@njit(cache=True, nogil=True)
 def choose_rows(
     streams: npt.NDArray[np.uint64],
     rows: npt.NDArray[np.int64],

@@ -1,0 +1,241 @@
+"""``mmenvs compare``: embeddings x environments x agents x seeds, one row a run, then the report.
+
+``docs/compare.md`` says what is measured and how each number is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from mmenvs.benchmark import report
+from mmenvs.benchmark import rows as store
+from mmenvs.benchmark.measure import measure, provenance
+from mmenvs.benchmark.recommend import Recommendation, check_budget, recommend
+from mmenvs.benchmark.rows import Row
+from mmenvs.benchmark.summary import run_key, task_name
+from mmenvs.checks import integer_in, one_of
+from mmenvs.embeddings import ENCODERS, FUSIONS
+from mmenvs.registry import task_class
+from mmenvs.spaces import modality_of
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared: every combination of these.
+
+    Attributes:
+        envs: ids of this suite.
+        embeddings: each ``"<encoder>+<fusion>"``, see :func:`plan`.
+        agents: names of algorithms, such as ``"ppo"``.
+        seeds: how many; they are 0, 1, 2 ...
+        steps: steps of training, one or several budgets.
+        env_axes: values of arguments of the environments, such as ``{"difficulty": (0, 1)}``. An environment
+            that doesn't have an argument runs without it.
+        features_dim: widths of the fused vector; empty leaves it to the agent's recipe.
+        num_envs: rows of the training environment; None leaves it to the agent's recipe.
+        episodes: episodes of each evaluation; those of checkpoints and perturbations take a quarter.
+    """
+
+    envs: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    agents: tuple[str, ...] = ("ppo",)
+    seeds: int = 3
+    steps: tuple[int, ...] = (200_000,)
+    env_axes: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {"difficulty": (0,)})
+    features_dim: tuple[int, ...] = ()
+    num_envs: int | None = None
+    episodes: int = 2000
+
+    def runs(self) -> list[Run]:
+        """All runs as JSON objects. Those of a seed stand together, so that a comparison cut short is fair.
+
+        Raises:
+            ValueError, TypeError, gymnasium.error.NameNotFound: for what doesn't exist or is given twice.
+        """
+        for name in ("envs", "embeddings", "agents", "steps"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one")
+        axes = {name: getattr(self, name) for name in ("envs", "embeddings", "agents", "steps", "features_dim")}
+        for name, values in {**axes, **self.env_axes}.items():
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} holds {twice[0]!r} twice")
+        integer_in("seeds", self.seeds, 1, 1000)
+        integer_in("episodes", self.episodes, 4, 10**6)
+        for steps in self.steps:
+            integer_in("steps", steps, 1, 10**12)
+        for width in self.features_dim:
+            integer_in("features_dim", width, 1, 2**20)
+        if self.num_envs is not None:
+            integer_in("num_envs", self.num_envs, 1, 2**20)
+        algorithms = tuple(importlib.import_module("mmenvs_agents.sb3").RECIPES)
+        for agent in self.agents:
+            one_of("agents", agent, algorithms)
+        tasks = [(id, kwargs) for id in self.envs for kwargs in self._env_kwargs(id)]
+        unused = set(self.env_axes) - {name for _, kwargs in tasks for name in kwargs}
+        if unused:
+            raise ValueError(f"none of {', '.join(self.envs)} takes {', '.join(sorted(unused))}")
+        for id, kwargs in tasks:
+            for embedding in self.embeddings:
+                plan(embedding, id, kwargs)
+        optional = {} if self.num_envs is None else {"num_envs": self.num_envs}
+        return [
+            {
+                "id": id,
+                "env_kwargs": kwargs,
+                "embedding": embedding,
+                "agent": agent,
+                "steps": steps,
+                "seed": seed,
+                "episodes": self.episodes,
+                **({} if width is None else {"features_dim": width}),
+                **optional,
+            }
+            for seed, (id, kwargs), embedding, agent, steps, width in itertools.product(
+                range(self.seeds),
+                tasks,
+                self.embeddings,
+                self.agents,
+                self.steps,
+                self.features_dim or (None,),
+            )
+        ]
+
+    def _env_kwargs(self, id: str) -> list[dict[str, Any]]:
+        """The combinations of those axes that the environment has."""
+        accepted = inspect.signature(task_class(id)).parameters
+        axes = {name: values for name, values in self.env_axes.items() if name in accepted}
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How an agent is made with an embedding: arguments of ``mmenvs_agents.sb3.make_agent``.
+
+    Args:
+        embedding: ``"<encoder>+<fusion>"``, such as ``"cnn+concat"``. The encoder is that of every modality
+            that has one of this name; the other modalities take their default.
+        id: environment.
+        env_kwargs: arguments of the environment.
+
+    Returns:
+        ``fusion``, and ``encoders`` with the names of the observations that take the encoder.
+
+    Raises:
+        ValueError: if there is no such encoder or fusion at all.
+    """
+    encoder, plus, fusion = embedding.partition("+")
+    if not plus:
+        raise ValueError(f"embedding must be '<encoder>+<fusion>' such as 'cnn+concat', got {embedding!r}")
+    one_of(f"the encoder in {embedding!r}", encoder, tuple(dict.fromkeys(itertools.chain(*ENCODERS.values()))))
+    one_of(f"the fusion in {embedding!r}", fusion, tuple(FUSIONS))
+    envs: Any = gym.make_vec(id, num_envs=1, **(env_kwargs or {}))
+    space = envs.single_observation_space
+    envs.close()
+    chosen = {name: encoder for name, part in space.items() if encoder in ENCODERS[modality_of(part)]}
+    return {"fusion": fusion, "encoders": chosen}
+
+
+def compare(
+    grid: Grid,
+    out: Path,
+    *,
+    device: str = "auto",
+    budget: Mapping[str, float] | None = None,
+    say: Callable[[str], Any] = print,
+) -> Recommendation | None:
+    """Do the runs of ``grid`` that ``out`` lacks, one after the other, and write the report.
+
+    ``rows.jsonl`` gets a row a run, of one that fails too: with its error. A run that failed is tried again
+    the next time. ``report.html`` and ``report.md`` show all rows in the folder, also those of other grids.
+
+    Args:
+        grid: what to compare.
+        out: folder; it is made if it isn't there.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        budget: for the recommendation, see :func:`mmenvs.embeddings.recommend`.
+        say: is told what happens.
+
+    Returns:
+        The recommendation; None if no configuration has a score on every task.
+
+    Raises:
+        ValueError: for arguments that name nothing that exists, before any run; if another comparison is
+            writing to ``out``.
+    """
+    runs = grid.runs()
+    limits = check_budget(budget or {})
+    resolved: str = importlib.import_module("mmenvs_agents.sb3").resolve_device(device)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "rows.jsonl"
+    with store.locked(out), single_thread():
+        torn = store.drop_torn(path)
+        if torn:
+            say(f"the last row was cut off while it was written ({torn} bytes): its run is done again")
+        done = {run_key(row["run"]) for row in store.read(path) if "error" not in row} if path.exists() else set()
+        missing = [run for run in runs if run_key(run) not in done]
+        say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
+        for note in notes(grid):
+            say(note)
+        origin = provenance(resolved)
+        try:
+            for number, run in enumerate(missing, len(runs) - len(missing) + 1):
+                begin = time.perf_counter()
+                row = one_row(run, resolved, origin)
+                store.append(path, row)
+                result = row.get("error") or f"{row['scores']['test']['return']:.3f}"
+                what = f"{task_name(run)}: {run['embedding']}, {run['agent']}, seed {run['seed']}"
+                say(f"{number}/{len(runs)}  {what}: {result}  ({time.perf_counter() - begin:.0f} s)")
+        finally:
+            if path.exists():
+                report.write(store.read(path), out, limits)
+    rows = store.read(path)
+    return recommend(rows, limits) if report.summarise(rows).candidates else None
+
+
+def one_row(run: Run, device: str, origin: Mapping[str, Any]) -> Row:
+    """Train and judge one run; if that fails, the row holds ``error`` and ``traceback`` in place of scores."""
+    row: Row = {"run": run, "provenance": dict(origin)}
+    try:
+        chosen = plan(run["embedding"], run["id"], run["env_kwargs"])
+        return {**row, "plan": chosen, **measure(run, chosen, device)}
+    except Exception as error:
+        message = " ".join(str(error).split())
+        return {**row, "error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
+
+
+def notes(grid: Grid) -> Iterator[str]:
+    """What a reader of the results should know: embeddings that are the same on some environment."""
+    for id in grid.envs:
+        for embedding in grid.embeddings:
+            if not plan(embedding, id)["encoders"]:
+                yield (
+                    f"note: no modality of {id} has an encoder {embedding.partition('+')[0]!r}, "
+                    f"there {embedding!r} means the default encoders"
+                )
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread of torch: networks this small gain nothing from two, and times compare better."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

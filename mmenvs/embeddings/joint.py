@@ -1,0 +1,210 @@
+"""The joint embedding that ships: pictures, words and sounds of the world in one space.
+
+``mmenvs pretrain`` trains it (``pretraining.py``); :func:`load_shapes` loads the weights that come with
+the package.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmenvs import spaces as modalities
+from mmenvs.checks import integer_in
+from mmenvs.embeddings.audio import LogMelEncoder
+from mmenvs.embeddings.image import ConvEncoder
+from mmenvs.embeddings.text import TransformerTextEncoder, text_mask
+from mmenvs.spaces import SAMPLE_RATE
+from mmenvs.world.words import VOCABULARY
+
+FOLDER = Path(__file__).parent / "weights"
+SIZE = 64  # pixels a side that the image encoder sees; other pictures are brought to it
+LONGEST_TEXT = 72  # words; the longest caption of the world has 65
+LONGEST_SOUND = 2 * SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """Sizes of a :class:`JointEmbedding`.
+
+    Attributes:
+        width: size of a token.
+        dim: size of the joint space.
+        text_depth: transformer layers of the text encoder.
+    """
+
+    width: int = 64
+    dim: int = 128
+    text_depth: int = 2
+
+
+class Pooling(nn.Module):
+    """Tokens to one vector: an MLP at each token, their mean, a linear map (Zaheer et al. 2017, "Deep sets").
+
+    Shapes: ``(B, T, width)`` and mask ``(B, T)`` bool to ``(B, dim)``, whose root mean square is 1.
+    """
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 4 * width)
+        self.outer = nn.Linear(4 * width, dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = torch.relu(self.inner(tokens))  # (B, T, 4 * width)
+        if mask is None:
+            mean = hidden.mean(1)
+        else:
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        vector = self.outer(mean).float()
+        return F.normalize(vector, dim=-1) * vector.shape[-1] ** 0.5
+
+
+class JointEmbedding(nn.Module):
+    """An encoder for each modality, all into one space where what belongs together lies close together.
+
+    Sounds and texts are both bound to pictures, and so to each other (ImageBind, Girdhar et al. 2023). Each
+    method returns the pooled vector, ``(B, dim)`` float32 of root mean square 1, whose dot product divided by
+    ``dim`` is the cosine, and the tokens behind it, ``(B, T, width)`` float32, which keep what a pooled vector
+    loses: what stands where, and how many.
+    """
+
+    def __init__(self, config: JointConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or JointConfig()
+        width, dim = self.config.width, self.config.dim
+        self.image = ConvEncoder(modalities.image(SIZE), width)
+        self.text = TransformerTextEncoder(
+            modalities.text(len(VOCABULARY), LONGEST_TEXT), width, self.config.text_depth
+        )
+        self.audio = LogMelEncoder(modalities.audio(LONGEST_SOUND), width)
+        self.pool = nn.ModuleDict({name: Pooling(width, dim) for name in ("image", "text", "audio")})
+
+    def encode_image(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures ``(B, 3, H, W)`` float in [0, 1]: pooled, and 16 tokens in reading order."""
+        if pictures.shape[-2:] != (SIZE, SIZE):
+            pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+        tokens = self.image(pictures).float()
+        return self.pool["image"](tokens), tokens
+
+    def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Word ids ``(B, L)`` of the world's vocabulary, L at most 72: pooled, and a token for each word."""
+        if ids.shape[1] > LONGEST_TEXT:
+            raise ValueError(f"texts must have at most {LONGEST_TEXT} words, got {ids.shape[1]}")
+        tokens = self.text(ids).float()
+        return self.pool["text"](tokens, text_mask(ids)), tokens
+
+    def encode_audio(self, sound: Tensor) -> tuple[Tensor, Tensor]:
+        """Sound ``(B, T)`` or ``(B, C, T)`` float at 16 kHz, at most 2 s: pooled, and a token every 40 ms."""
+        if sound.shape[-1] > LONGEST_SOUND:
+            raise ValueError(f"sounds must have at most {LONGEST_SOUND} samples, got {sound.shape[-1]}")
+        tokens = self.audio(sound).float()
+        return self.pool["audio"](tokens), tokens
+
+    def encode_film(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames ``(B, K, 3, H, W)`` float in [0, 1]: the mean of their pooled vectors, and those as K tokens.
+
+        The tokens have the size of the joint space, ``(B, K, dim)``.
+        """
+        pooled = self.encode_image(frames.flatten(0, 1))[0].unflatten(0, frames.shape[:2])
+        mean = pooled.mean(1)
+        return F.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5, pooled
+
+
+def save_joint(model: JointEmbedding, path: Path, card: dict[str, Any]) -> None:
+    """Write weights and, in the file's metadata, configuration and model card, whole or not at all."""
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    metadata = {"config": json.dumps(asdict(model.config)), "card": json.dumps(card)}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata)
+    temporary.replace(path)
+
+
+def load_joint(path: Path | str) -> tuple[JointEmbedding, dict[str, Any]]:
+    """A joint embedding, frozen and in evaluation mode, and its model card.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it isn't one that :func:`save_joint` wrote.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no joint embedding at {str(path)!r}; 'mmenvs pretrain' writes one")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            model = JointEmbedding(JointConfig(**json.loads(metadata["config"])))
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            card = json.loads(metadata["card"])
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no joint embedding of this version: {type(error).__name__}: {error}"
+        ) from error
+    return model.eval().requires_grad_(False), card
+
+
+@lru_cache(maxsize=1)
+def load_shapes() -> JointEmbedding:
+    """The joint embedding ``shapes`` that ships with the package, one for all callers, frozen."""
+    return load_joint(FOLDER / "shapes.safetensors")[0]
+
+
+class ShapesEncoder(nn.Module):
+    """``shapes`` as an encoder of the extractor: its frozen tokens, brought to ``width`` by a linear map that trains.
+
+    A picture gives 16 tokens, a text one for each word, a sound one every 40 ms, each with the pooled vector
+    added; a set of pictures or a film gives the pooled vector of each frame.
+
+    Args:
+        space: image, images, text or audio space. Texts must be of the world's vocabulary.
+        width: size of a token.
+    """
+
+    def __init__(self, space: spaces.Box, width: int) -> None:
+        super().__init__()
+        self.modality = modalities.modality_of(space)
+        if self.modality == "text" and int(np.max(space.high)) + 1 != len(VOCABULARY):
+            raise ValueError(
+                f"'shapes' knows the world's {len(VOCABULARY)} words only, this text has "
+                f"{int(np.max(space.high)) + 1}; use another encoder for it"
+            )
+        integer_in("width", width, 1, 2**16)
+        shapes = load_shapes().config
+        # Not a child: its weights are neither trained nor saved with the agent's.
+        self._frozen = [load_shapes()]
+        self.pooled = nn.Linear(shapes.dim, width)
+        self.tokens = None if self.modality == "images" else nn.Linear(shapes.width, width)
+        self.frames = (
+            nn.Parameter(torch.randn(space.shape[0], width) * 0.2) if self.modality == "images" else None
+        )
+
+    def frozen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled vector and tokens of ``shapes``, without gradients."""
+        shapes = self._frozen[0]
+        if next(shapes.parameters()).device != x.device:
+            shapes = shapes.to(x.device)
+        encode = {
+            "image": shapes.encode_image,
+            "images": shapes.encode_film,
+            "text": shapes.encode_text,
+            "audio": shapes.encode_audio,
+        }[self.modality]
+        with torch.no_grad():
+            return encode(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled, tokens = self.frozen(x)
+        if self.tokens is None:
+            return self.pooled(tokens) + self.frames  # (B, K, width)
+        return self.tokens(tokens) + self.pooled(pooled).unsqueeze(1)  # (B, T, width)
