@@ -13,6 +13,7 @@ from mmenvs.checks import integer_in
 from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.fusion import FUSIONS, Fusion, Tokens
 from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
+from mmenvs.embeddings.joint import ShapesEncoder
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
 from mmenvs.embeddings.video import FrameEncoder
 from mmenvs.spaces import Modality, modality_of
@@ -33,10 +34,15 @@ class LinearEncoder(nn.Module):
 
 # Encoders of each modality by name; the first is the default.
 ENCODERS: dict[Modality, dict[str, type[nn.Module]]] = {
-    "image": {"cnn": ConvEncoder, "vit": ViTEncoder},
-    "images": {"frames": FrameEncoder},
-    "text": {"bow": WordEncoder, "gru": GRUEncoder, "transformer": TransformerTextEncoder},
-    "audio": {"logmel_cnn": LogMelEncoder},
+    "image": {"cnn": ConvEncoder, "vit": ViTEncoder, "shapes": ShapesEncoder},
+    "images": {"frames": FrameEncoder, "shapes": ShapesEncoder},
+    "text": {
+        "bow": WordEncoder,
+        "gru": GRUEncoder,
+        "transformer": TransformerTextEncoder,
+        "shapes": ShapesEncoder,
+    },
+    "audio": {"logmel_cnn": LogMelEncoder, "shapes": ShapesEncoder},
     "vector": {"linear": LinearEncoder},
 }
 
