@@ -128,6 +128,7 @@ def save_joint(model: JointEmbedding, path: Path, card: dict[str, Any]) -> None:
     metadata = {"config": json.dumps(asdict(model.config)), "card": json.dumps(card)}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata)
+    temporary.chmod(0o644)  # installed by one user, read by all
     temporary.replace(path)
 
 

@@ -159,7 +159,7 @@ def _byte(a, value):
     return np.int64(value + 1) << (8 * a)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _matches(scenes, i, k, description):
     # No branch to guess wrongly: this is the innermost test of all.
     same = True
@@ -169,7 +169,7 @@ def _matches(scenes, i, k, description):
     return same
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _any(scenes, i, description):
     found = False
     for k in range(scenes.count[i]):
@@ -177,7 +177,7 @@ def _any(scenes, i, description):
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _set(scenes, i, k, description):
     for a in range(4):
         value = _value(description, a)
@@ -185,7 +185,7 @@ def _set(scenes, i, k, description):
             scenes.attributes[i, k, a] = value
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _avoid(scenes, i, keep, description, streams, row, level):
     """Change one described attribute of every object but ``keep`` that matches."""
     for k in range(scenes.count[i]):
@@ -193,7 +193,7 @@ def _avoid(scenes, i, keep, description, streams, row, level):
             _change(scenes, i, k, description, streams, row, level)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _change(scenes, i, k, description, streams, row, level):
     """Give object ``k`` another value of one of the described attributes, each as likely."""
     a = below(streams, row, 4)
@@ -203,7 +203,7 @@ def _change(scenes, i, k, description, streams, row, level):
     scenes.attributes[i, k, a] = (_value(description, a) + 1 + below(streams, row, n - 1)) % n
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _describe(most, without, streams, row, level, split):
     """Draw a description by one to ``most`` attributes other than ``without``; held-out pairs stay unsaid."""
     while True:
@@ -220,7 +220,7 @@ def _describe(most, without, streams, row, level, split):
             return description
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _describe_two(attribute, streams, row, level):
     """Two descriptions by different values of one attribute."""
     n = values_of(level, attribute)
@@ -229,7 +229,7 @@ def _describe_two(attribute, streams, row, level):
     return _byte(attribute, first), _byte(attribute, second)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _related(scenes, i, j, k, relation, grid):
     """1 if object j stands in the relation to k, 0 if in the opposite one, -1 if in neither."""
     if relation < 2:
@@ -241,7 +241,7 @@ def _related(scenes, i, j, k, relation, grid):
     return 1 if d > 0 else (0 if d < 0 else -1)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _extreme(scenes, i, option, grid):
     """The one object at the extreme, -1 if several share it."""
     best, which = np.int64(-100), -1
@@ -261,7 +261,7 @@ def _extreme(scenes, i, option, grid):
     return which
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _draw_answer(kind, streams, row, level):
     if kind == _COUNT:
         return _NUMBER + below(streams, row, min(level.objects_max, MAX_COUNT) + 1)
@@ -274,7 +274,7 @@ def _draw_answer(kind, streams, row, level):
     return below(streams, row, 2)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _place_counts(scenes, i, d1, d2, first, second, streams, row, level):
     """Make ``first`` random objects match ``d1``, ``second`` others ``d2`` (0: none), the rest neither."""
     left = scenes.count[i]
@@ -395,7 +395,7 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _say_object(words, q, w, description, noun, plural):
     """Write size, colour, texture and noun of a description; the place after it."""
     for a in (2, 1, 3):

@@ -96,7 +96,7 @@ def held_out(shape, colour):
     return (shape < 4) & (colour % 4 == shape)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def content_key(scenes: Scenes, i: int) -> int:
     """A hash of what stands where in scene ``i``: cells and attributes; jitter and nuisance don't count."""
     h = uint64(scenes.count[i])
@@ -108,7 +108,7 @@ def content_key(scenes: Scenes, i: int) -> int:
     return h
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def in_split(scenes: Scenes, i: int, split: int) -> bool:
     """Whether scene ``i`` belongs to ``SPLITS[split]``.
 
@@ -128,7 +128,7 @@ def in_split(scenes: Scenes, i: int, split: int) -> bool:
     return bool(bucket == uint64(7 + split))
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def sample_layout(scenes: Scenes, i: int, streams, row: int, level: Level) -> None:
     """Choose distinct cells for ``scenes.count[i]`` objects of scene ``i``, in reading order."""
     n_cells = level.grid * level.grid
@@ -146,7 +146,7 @@ def sample_layout(scenes: Scenes, i: int, streams, row: int, level: Level) -> No
             k += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def sample_object(scenes: Scenes, i: int, k: int, streams, row: int, level: Level, novel: bool) -> None:
     """Draw the attributes of object ``k``: a held-out pair if ``novel``, never one otherwise."""
     while True:
@@ -160,7 +160,7 @@ def sample_object(scenes: Scenes, i: int, k: int, streams, row: int, level: Leve
     scenes.attributes[i, k, 3] = below(streams, row, level.textures)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def sample_objects(scenes: Scenes, i: int, streams, row: int, level: Level, split: int) -> None:
     """Draw all objects of scene ``i``; in the compositional split each is a held-out pair half the time."""
     sure = below(streams, row, scenes.count[i])
@@ -169,7 +169,7 @@ def sample_objects(scenes: Scenes, i: int, streams, row: int, level: Level, spli
         sample_object(scenes, i, k, streams, row, level, novel)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def finish(scenes: Scenes, i: int, streams, row: int, level: Level) -> None:
     """Draw what content doesn't fix: jitter within the cells, rotation, background, brightness, noise."""
     for k in range(scenes.count[i]):
