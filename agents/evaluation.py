@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import VectorEnv
 
 from mmenvs.checks import integer_in, one_of
 from mmenvs.registry import task_class
@@ -112,6 +113,7 @@ def evaluate(
     env_kwargs: dict[str, Any] | None = None,
     seed: int = 0,
     deterministic: bool = True,
+    wrap: Callable[[MultimodalVectorEnv], VectorEnv] | None = None,
 ) -> Result:
     """Run an agent for a number of episodes on the native vector environment.
 
@@ -128,6 +130,8 @@ def evaluate(
         env_kwargs: further arguments of the environment, such as ``difficulty``.
         seed: names the episodes; it also seeds the baselines and the bootstrap.
         deterministic: handed to ``predict``.
+        wrap: makes what the agent sees out of the native environment, for example
+            ``lambda envs: VectorEmbedObservation(envs, "shapes")`` or a ``VectorPerturbObservation``.
 
     Raises:
         ValueError, TypeError, gymnasium.error.Error: for arguments that name nothing that exists.
@@ -142,7 +146,8 @@ def evaluate(
     envs: MultimodalVectorEnv = made  # type: ignore[assignment]
     try:
         predict = _predictor(agent, envs, seed)
-        returns, lengths, successes, types = _play(predict, envs, episodes, seed, deterministic)
+        seen = envs if wrap is None else wrap(envs)
+        returns, lengths, successes, types = _play(predict, seen, episodes, seed, deterministic)
     finally:
         envs.close()
     generator = np.random.default_rng([seed, episodes])
@@ -184,7 +189,7 @@ def _predictor(agent: Any, envs: MultimodalVectorEnv, seed: int) -> Callable[...
 
 def _play(
     predict: Callable[..., Any],
-    envs: MultimodalVectorEnv,
+    envs: VectorEnv,
     episodes: int,
     seed: int,
     deterministic: bool,

@@ -20,6 +20,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 
+from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
@@ -149,23 +150,6 @@ class Settings:
     recipe: dict[str, Any]
 
 
-def resolve_device(device: str) -> str:
-    """``"auto"`` takes CUDA where there is one; any other name is taken at its word.
-
-    Raises:
-        ValueError: for an unknown device, or ``"cuda"`` on a machine without one.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and device != "cuda" and not device.startswith("cuda:"):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda' (or 'cuda:1' ...), got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={device!r} was asked for, but torch finds no CUDA device; use 'auto' or 'cpu'"
-        )
-    return device
-
-
 def default_precision(device: str) -> str:
     """Half precision on CPUs that multiply it in hardware: 1.5 times as fast with AVX-512, 3 with AMX."""
     in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -221,7 +205,7 @@ def make_agent(
     arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
     recipe = replace(recipe, **own, arguments=arguments)
     env = make_vec_env(id, recipe.num_envs, **(env_kwargs or {}))
-    seen = set(env.env.single_observation_space)
+    seen = set(env.native.single_observation_space)
     if visible is not None and (not visible or set(visible) - seen):
         raise ValueError(f"visible must name some of {', '.join(sorted(seen))}, got {visible!r}")
     settings = Settings(

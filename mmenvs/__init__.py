@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from mmenvs import datasets, embeddings, integrations, rewards
     from mmenvs.embeddings import Extractor
     from mmenvs.integrations.sb3 import MultimodalExtractor
+    from mmenvs.wrappers import EmbedObservation, VectorEmbedObservation
 
 __version__ = "0.1.0"
 __all__ = [
     "SPECS",
+    "EmbedObservation",
     "Extractor",
     "MultimodalExtractor",
+    "VectorEmbedObservation",
     "datasets",
     "embeddings",
     "integrations",
@@ -29,8 +32,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "EmbedObservation": "mmenvs.wrappers",
     "Extractor": "mmenvs.embeddings",
     "MultimodalExtractor": "mmenvs.integrations.sb3",
+    "VectorEmbedObservation": "mmenvs.wrappers",
     "datasets": "",
     "embeddings": "",
     "integrations": "",

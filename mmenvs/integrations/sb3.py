@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -20,7 +20,7 @@ from mmenvs.embeddings.extractor import Precision
 from mmenvs.spaces import Modality
 from mmenvs.vector import MultimodalVectorEnv
 
-Observation = dict[str, npt.NDArray[Any]]
+Observation = Any  # {name: (n, ...)}, or (n, features_dim) of a pooled embedding
 
 
 class MultimodalVecEnv(VecEnv):
@@ -33,25 +33,29 @@ class MultimodalVecEnv(VecEnv):
     and seconds ``t`` since the start, as its ``Monitor`` gives them.
 
     Args:
-        env: from ``gym.make_vec``, with ``SAME_STEP`` autoreset.
+        env: from ``gym.make_vec``, with ``SAME_STEP`` autoreset, or a wrapper around it such as
+            :class:`mmenvs.wrappers.VectorEmbedObservation`.
 
     Raises:
         ValueError: if ``env`` resets in another way.
     """
 
-    def __init__(self, env: MultimodalVectorEnv) -> None:
-        if env.autoreset_mode != AutoresetMode.SAME_STEP:
-            raise ValueError(f"env must have autoreset_mode='SameStep', got {env.autoreset_mode.value!r}")
+    def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any]) -> None:
+        mode = env.metadata["autoreset_mode"]
+        if mode != AutoresetMode.SAME_STEP:
+            raise ValueError(f"env must have autoreset_mode='SameStep', got {mode.value!r}")
         self.env = env
-        self._pictures = tuple(
-            name for name, part in env.single_observation_space.items() if _is_picture(part)
-        )
-        space = spaces.Dict(
-            {
-                name: _channels_first_space(part) if name in self._pictures else part
-                for name, part in env.single_observation_space.items()
-            }
-        )
+        self.native: MultimodalVectorEnv = env.unwrapped  # type: ignore[assignment]
+        space: Any = env.single_observation_space
+        self._pictures: tuple[str, ...] = ()
+        if isinstance(space, spaces.Dict):
+            self._pictures = tuple(name for name, part in space.items() if _is_picture(part))
+            space = spaces.Dict(
+                {
+                    name: _channels_first_space(part) if name in self._pictures else part
+                    for name, part in space.items()
+                }
+            )
         self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, np.int64)
         self._start = time.perf_counter()
@@ -60,7 +64,7 @@ class MultimodalVecEnv(VecEnv):
 
     def reset(self) -> Observation:
         seeds = None if self._seeds[0] is None else [int(seed) for seed in self._seeds if seed is not None]
-        observation, _ = self.env.reset(seed=seeds)
+        observation, _ = self.env.reset(seed=seeds)  # type: ignore[arg-type]
         self._reset_seeds()
         self._reset_options()
         self._returns[:] = 0.0
@@ -110,7 +114,9 @@ class MultimodalVecEnv(VecEnv):
         self._returns[ended] = 0.0
         self._lengths[ended] = 0
 
-    def _channels_first(self, observation: Mapping[str, Any], batch: int = 1) -> Observation:
+    def _channels_first(self, observation: Any, batch: int = 1) -> Observation:
+        if not self._pictures:
+            return observation
         axes = (0, 3, 1, 2) if batch else (2, 0, 1)
         return {
             name: value.transpose(axes) if name in self._pictures else value
@@ -122,7 +128,7 @@ class MultimodalVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The attribute of the vector environment or its task, once for each of ``indices``."""
-        return [_find(self.env, attr_name)] * len(self._rows(indices))
+        return [_find(self, attr_name)] * len(self._rows(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set an attribute of the vector environment; the rows share it, so ``indices`` must name all.
@@ -132,7 +138,7 @@ class MultimodalVecEnv(VecEnv):
         """
         if len(set(self._rows(indices))) != self.num_envs:
             raise ValueError(f"set_attr sets all {self.num_envs} rows at once, got indices={indices!r}")
-        setattr(self.env, attr_name, value)
+        setattr(self.native, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
         """``describe``, ``oracle_action``, ``render``, or a method of the vector environment, for each row.
@@ -142,13 +148,13 @@ class MultimodalVecEnv(VecEnv):
         """
         rows = self._rows(indices)
         if method_name == "describe":
-            return [self.env.describe(row) for row in rows]
+            return [self.native.describe(row) for row in rows]
         if method_name == "oracle_action":
-            return self.env.oracle_actions()[rows].tolist()
+            return self.native.oracle_actions()[rows].tolist()
         if method_name == "render":
             images = self.get_images()
             return [images[row] for row in rows]
-        result = _find(self.env, method_name)(*args, **kwargs)
+        result = _find(self, method_name)(*args, **kwargs)
         return [result] * len(rows)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
@@ -156,19 +162,27 @@ class MultimodalVecEnv(VecEnv):
         return [wrapper_class.__name__ == "Monitor"] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[npt.NDArray[np.uint8] | None]:
-        return self.env.render() or [None] * self.num_envs
+        return self.native.render() or [None] * self.num_envs
 
     def _rows(self, indices: Any) -> list[int]:
         return list(self._get_indices(indices))
 
 
-def make_vec_env(id: str, n_envs: int = 1, seed: int | None = None, **env_kwargs: Any) -> MultimodalVecEnv:
+def make_vec_env(
+    id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    *,
+    wrap: Callable[[MultimodalVectorEnv], gym.vector.VectorEnv] | None = None,
+    **env_kwargs: Any,
+) -> MultimodalVecEnv:
     """``n_envs`` rows of an environment of this suite, native and batched, for Stable-Baselines3.
 
     Args:
         id: such as ``"MMRL/VQA-v0"``.
         n_envs: number of rows.
         seed: row i starts with ``seed + i``; None leaves that to the algorithm's own ``seed``.
+        wrap: wraps the native environment, for example ``lambda envs: VectorEmbedObservation(envs, "shapes")``.
         **env_kwargs: arguments of the environment, such as ``split`` and ``difficulty``.
 
     Raises:
@@ -182,7 +196,7 @@ def make_vec_env(id: str, n_envs: int = 1, seed: int | None = None, **env_kwargs
         )
     if env.text != "ids":
         raise ValueError(f"text must be 'ids' for Stable-Baselines3, got {env.text!r}")
-    adapter = MultimodalVecEnv(env)
+    adapter = MultimodalVecEnv(env if wrap is None else wrap(env))
     if seed is not None:
         adapter.seed(seed)
     return adapter
@@ -235,6 +249,9 @@ def _channels_first_space(space: spaces.Space) -> spaces.Box:
     return spaces.Box(0, 255, (channels, height, width), np.uint8)
 
 
-def _find(env: MultimodalVectorEnv, name: str) -> Any:
-    """An attribute of the vector environment, or else of its task."""
-    return getattr(env, name) if hasattr(env, name) else getattr(env.task, name)
+def _find(adapter: MultimodalVecEnv, name: str) -> Any:
+    """An attribute of the vector environment, its wrapper first, or else of its task."""
+    for owner in (adapter.env, adapter.native):
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    return getattr(adapter.native.task, name)

@@ -10,7 +10,8 @@ from gymnasium import spaces
 from numba import njit
 
 from mmenvs import spaces as modalities
-from mmenvs.tasks.base import Rows, Task, check_image_size, integer_in
+from mmenvs.checks import check_image_size, check_seconds, integer_in
+from mmenvs.tasks.base import Rows, Task
 from mmenvs.world import render, scene, sound
 from mmenvs.world.random import below
 from mmenvs.world.scene import Level, Scenes, held_out
@@ -98,7 +99,7 @@ class AudioVisualMatching(Task):
         super().__init__(num_envs, split=split, difficulty=difficulty, pool_size=pool_size)
         self.image_size = check_image_size(image_size)
         self.candidates = integer_in("candidates", candidates, 2, 8)
-        self.seconds = _check_seconds(seconds)
+        self.seconds = check_seconds(seconds)
         self.vocabulary = VOCABULARY
         self.info_types = {"is_success": bool, "answer": int}
         self.observation_space = spaces.Dict(
@@ -180,14 +181,6 @@ class AudioVisualMatching(Task):
             lines.append((f"agent: {chosen}", "green" if chosen == target else "red"))
             lines.append((f"answer: {target}", "grey"))
         return panel(list(out["images"][row]), lines, audio=out["audio"][row], marks=marks)
-
-
-def _check_seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"seconds must be a number from 0.5 to 2, got {value!r}")
-    if not 0.5 <= value <= 2.0:
-        raise ValueError(f"seconds must be from 0.5 to 2, got {value}")
-    return float(value)
 
 
 @njit(cache=True, nogil=True)

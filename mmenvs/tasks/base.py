@@ -17,14 +17,6 @@ from mmenvs.world.scene import DIFFICULTIES, SPLITS
 Rows = npt.NDArray[np.int64]
 
 
-def check_image_size(value: Any) -> int:
-    """An even picture size from 32 to 512 pixels."""
-    size = integer_in("image_size", value, 32, 512)
-    if size % 2:
-        raise ValueError(f"image_size must be even, got {size}")
-    return size
-
-
 def check_no_pool(pool_size: Any) -> None:
     """Refuse a pool of scenes where the episodes come from a source."""
     if pool_size is not None:

@@ -12,7 +12,8 @@ from gymnasium import spaces
 
 from mmenvs import rewards
 from mmenvs import spaces as modalities
-from mmenvs.tasks.base import Rows, Task, check_image_size, check_no_pool
+from mmenvs.checks import check_image_size
+from mmenvs.tasks.base import Rows, Task, check_no_pool
 from mmenvs.text import END, PAD, START, UNKNOWN
 from mmenvs.world import captions, random, render, scene
 from mmenvs.world.words import VOCABULARY

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mmenvs import spaces as modalities
-from mmenvs.tasks.base import Rows, Task, check_image_size, check_no_pool
+from mmenvs.checks import check_image_size
+from mmenvs.tasks.base import Rows, Task, check_no_pool
 from mmenvs.world import questions, random, render, scene
 from mmenvs.world.words import VOCABULARY
 

@@ -77,12 +77,10 @@ class PairedScenes:
             **create_empty_array(self.observation_space, self.num),  # type: ignore[dict-item]
             "count": self.scenes.count,
             "attributes": self.scenes.attributes,
-            "content": np.zeros(self.num, np.uint64),
-            "objects": np.zeros(self.num, np.uint64),
         }
 
     def next(self) -> dict[str, npt.NDArray[Any]]:
-        """The next ``num`` scenes. The arrays are the same ones each time and are written anew by each call.
+        """The next ``num`` scenes. Observations are the same arrays each time, written anew by each call.
 
         Returns:
             * ``image``: uint8 ``(num, H, W, 3)``.
@@ -109,7 +107,7 @@ class PairedScenes:
         sound.sound_rows(
             self.scenes, self._rows, self._bank, self.level.audio_noise, out["audio"], self._rows
         )
-        _keys(self.scenes, out["content"], out["objects"])
+        out["content"], out["objects"] = keys_of(self.scenes)
         if self.frames:
             _wobble(self.scenes, self._filmed, self._streams, self.level, self.frames)
             frames = out["film"].reshape(-1, *out["film"].shape[2:])
@@ -118,8 +116,10 @@ class PairedScenes:
 
 
 @njit(cache=True, nogil=True)
-def _keys(scenes: Scenes, content, objects) -> None:
-    """Hashes of what stands where, and of what follows what, of every scene."""
+def keys_of(scenes: Scenes) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Hashes of every scene's ``content`` and ``objects``, uint64 ``(n,)`` each: see :meth:`PairedScenes.next`."""
+    content = np.empty(scenes.count.size, np.uint64)
+    objects = np.empty(scenes.count.size, np.uint64)
     for i in range(scenes.count.size):
         content[i] = scene.content_key(scenes, i)
         h = uint64(scenes.count[i])
@@ -129,6 +129,7 @@ def _keys(scenes: Scenes, content, objects) -> None:
                 packed = packed * uint64(16) + uint64(scenes.attributes[i, k, a])
             h = mix(h + packed)
         objects[i] = h
+    return content, objects
 
 
 @njit(cache=True, nogil=True)
