@@ -28,8 +28,8 @@ from stable_baselines3 import PPO
 
 from mmenvs.embeddings import EmbeddingCache, load_embedding
 from mmenvs.integrations.sb3 import make_vec_env
-from mmenvs.wrappers import VectorEmbedObservation, embed_pool
 from mmenvs.world.pairs import PairedScenes
+from mmenvs.wrappers import VectorEmbedObservation, embed_pool
 
 ID, POOL = "MMRL/VQA-v0", 20_000
 # An MLP does 512 rows in hardly more time than 128, a CNN does not.

@@ -50,11 +50,11 @@ for _short, _id, _difficulty in (("vqa", VQA, 1), ("matching", MATCHING, 0), ("c
         RUNS[f"{_short}-{_name}"] = Run(_id, _difficulty, _name)
 _SHAPES = {"image": "shapes", "question": "shapes"}
 for _fusion in MISSION:
-    RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 80_000, {"fusion": _fusion})
+    RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 70_000, {"fusion": _fusion})
     # From pixels level 1 takes too long for a CPU; so the pretrained embedding that ships sees and reads.
-    RUNS[f"vqa-shapes-{_fusion}"] = Run(VQA, 1, "ppo", 400_000, {"fusion": _fusion, "encoders": _SHAPES})
+    RUNS[f"vqa-shapes-{_fusion}"] = Run(VQA, 1, "ppo", 250_000, {"fusion": _fusion, "encoders": _SHAPES})
 RUNS["vqa-concat"] = Run(VQA, 1, "ppo", 400_000, {"fusion": "concat"})
-RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 400_000, {"fusion": "concat"})
+RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 300_000, {"fusion": "concat"})
 for _seen in ("question", "image"):
     RUNS[f"vqa-{_seen}-only"] = Run(VQA, 1, "ppo", 50_000, {"fusion": "concat", "visible": (_seen,)})
 for _seen in ("audio", "images"):

@@ -126,7 +126,7 @@ def show(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Episodes as a sheet of pictures, an animation or a film."""
+    """Episodes as a sheet of pictures, an animation or a film; at their ends, what a trained agent looked at."""
     with user_errors():
         media.check_path(out)
         task_class(id)
@@ -139,6 +139,9 @@ def show(
             player, _ = load_agent(Path(agent), device, source)
             if player.settings.id != id:
                 raise ValueError(f"the agent in {agent!r} was trained on {player.settings.id}, not on {id}")
+            from mmenvs.embeddings.watch import Watched
+
+            player = Watched(player)
     ends_only = out.suffix.lower() == ".png"
     frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
     env.close()
@@ -155,7 +158,7 @@ def train(
         str | None, typer.Option(help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn.")
     ] = None,
     fusion: Annotated[
-        str | None, typer.Option(help="cross_attention (default), concat, weighted_sum or transformer.")
+        str | None, typer.Option(help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared.")
     ] = None,
     steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",
     seed: Annotated[

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from mmenvs.cli import Device, agents, app, parse_difficulty, parse_list, parse_steps, user_errors
+from mmenvs.cli import (
+    Device,
+    Id,
+    Split,
+    agents,
+    app,
+    load_agent,
+    parse_difficulty,
+    parse_list,
+    parse_steps,
+    user_errors,
+)
+from mmenvs.registry import task_class
+
+Number = TypeVar("Number", int, float)
 
 
 @app.command()
@@ -58,3 +73,111 @@ def pretrain(
             typer.echo("stopped early; --resume goes on")
             raise typer.Exit(130) from None
     typer.echo(f"saved: {out / 'joint.safetensors'}")
+
+
+@app.command()
+def embed(
+    id: Id,
+    pool_size: Annotated[int, typer.Option(help="Scenes of the pool; pool_size= of the environment.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("cache"),
+    embedding: Annotated[str, typer.Option(help="shapes, or the folder of a trained agent.")] = "shapes",
+    output: Annotated[str, typer.Option(help="pooled or tokens.")] = "pooled",
+    split: Split = "train",
+    difficulty: Annotated[str, typer.Option(help="0 to 3.")] = "0",
+    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 64,
+    budget_mb: Annotated[int, typer.Option(min=1, help="Megabytes that the cache may take.")] = 2048,
+    device: Device = "auto",
+) -> None:
+    """Embed a whole pool of scenes into a cache; the same command goes on after a stop."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from mmenvs.embeddings import EmbeddingCache
+    from mmenvs.wrappers import Encoder, embed_pool
+
+    with user_errors():
+        level = parse_difficulty(difficulty)
+        task = task_class(id)(
+            256,
+            split=split,
+            difficulty=level,
+            image_size=image_size,  # type: ignore[call-arg]
+            pool_size=pool_size,
+        )
+        chosen: Any = embedding
+        if Path(embedding).is_dir():
+            chosen = load_agent(Path(embedding), device, None)[0].policy.features_extractor.extractor
+        cache = EmbeddingCache(out, budget_mb)
+        encoder = Encoder(chosen, task.observation_space, output, device, cache)  # type: ignore[arg-type]
+        columns = ("scenes", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, refresh_per_second=2) as bar:
+                line = bar.add_task("", total=pool_size)
+                for done in embed_pool(task, encoder):
+                    bar.update(line, completed=done)
+        except KeyboardInterrupt:
+            typer.echo("stopped early; the same command goes on")
+            raise typer.Exit(130) from None
+        finally:
+            cache.close()
+    names = ", ".join(name for name in encoder.names if name in task.fixed)
+    typer.echo(f"{names} of {pool_size:,} scenes in {out}: {cache.nbytes / 2**20:.1f} MB")
+
+
+@app.command()
+def compare(
+    envs: Annotated[str, typer.Option(help="Environments, such as MMRL/VQA-v0,MMRL/AudioVisualMatching-v0.")],
+    embeddings: Annotated[str, typer.Option(help="ENCODER+FUSION, such as cnn+concat,shapes+transformer.")],
+    out: Annotated[Path, typer.Option(help="Folder for rows and report; what it holds isn't run again.")],
+    algorithms: Annotated[str, typer.Option("--agents", help="Algorithms, such as ppo,a2c.")] = "ppo",
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each.")] = 3,
+    steps: Annotated[str, typer.Option(help="Steps of training; several budgets: 50k,200k.")] = "200k",
+    difficulty: Annotated[str, typer.Option(help="0 to 3; several: 0,1.")] = "0",
+    image_size: Annotated[str, typer.Option(help="Sizes of pictures, such as 64,96.")] = "",
+    seconds: Annotated[str, typer.Option(help="Lengths of sounds, such as 0.5,1.")] = "",
+    features_dim: Annotated[str, typer.Option(help="Widths of the fused vector, such as 128,256.")] = "",
+    num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
+    episodes: Annotated[int, typer.Option(min=4, help="Episodes of an evaluation.")] = 2000,
+    budget: Annotated[
+        str, typer.Option(help="For the recommendation, such as megabytes=20,milliseconds=2.")
+    ] = "",
+    device: Device = "auto",
+) -> None:
+    """Compare embeddings by reward, episode length, stability and efficiency; the same command goes on."""
+    from mmenvs.benchmark import compare as comparison
+
+    with user_errors():
+        axes = {
+            "difficulty": tuple(parse_difficulty(level) for level in parse_list(difficulty)),
+            "image_size": _numbers("image-size", image_size, int),
+            "seconds": _numbers("seconds", seconds, float),
+        }
+        grid = comparison.Grid(
+            envs=tuple(parse_list(envs)),
+            embeddings=tuple(parse_list(embeddings)),
+            agents=tuple(parse_list(algorithms)),
+            seeds=seeds,
+            steps=tuple(parse_steps(part) for part in parse_list(steps)),
+            env_axes={name: values for name, values in axes.items() if values},
+            features_dim=_numbers("features-dim", features_dim, int),
+            num_envs=num_envs,
+            episodes=episodes,
+        )
+        pairs = [part.partition("=") for part in parse_list(budget)] if budget else []
+        limits = {name: _numbers(f"budget {name}", value, float)[0] for name, _, value in pairs if value}
+        if len(limits) < len(pairs):
+            raise ValueError(f"budget must be such as megabytes=20,milliseconds=2, got {budget!r}")
+        try:
+            advice = comparison.compare(grid, out, device=device, budget=limits, say=typer.echo)
+        except KeyboardInterrupt:
+            typer.echo("stopped early; the same command goes on")
+            raise typer.Exit(130) from None
+    typer.echo(f"written: {out / 'report.html'}, {out / 'report.md'}")
+    typer.echo("no configuration has a score on every task" if advice is None else str(advice))
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """Numbers with commas between them; none of an empty text."""
+    try:
+        return tuple(kind(part) for part in parse_list(text)) if text else ()
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between them, got {text!r}") from None

@@ -18,7 +18,7 @@ from mmenvs import media
 
 ID = "MMRL/VQA-v0"
 DIFFICULTY = 0
-STEPS = 720_000
+STEPS = 400_000
 SHORT_STEPS = 4_096
 BLIND_SHARE = 0.08  # of the steps of the agent that sees everything; blind ones level off early
 EPISODES, SHORT_EPISODES = 2000, 200

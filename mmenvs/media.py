@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from mmenvs.gaze import BAR, Gaze, current, draw_weights, showing, tinted
 from mmenvs.spaces import SAMPLE_RATE
 
 Picture = npt.NDArray[np.uint8]
@@ -51,7 +52,8 @@ def panel(
     """One picture of an episode for people.
 
     A lone picture has the text at its right; several are numbered from 0 in rows of four, with the text
-    below. Room is kept for a few lines, so the panels of one environment have one size.
+    below. Room is kept for a few lines, so the panels of one environment have one size. Within
+    :func:`mmenvs.gaze.showing` it shows what an agent looks at.
 
     Args:
         pictures: at least one, uint8 ``(h, w, 3)``, all of one shape.
@@ -67,6 +69,9 @@ def panel(
         raise ValueError("pictures must hold one picture at least, got none")
     alone = len(pictures) == 1
     cells = [_enlarge(picture, _ONE if alone else _MANY, scale) for picture in pictures]
+    gaze = current()
+    if gaze.heat is not None:
+        cells = tinted(cells, gaze.heat)
     columns = min(4, len(cells))
     width, height = cells[0].size
     step_x, step_y = width + _GAP + 2 * _FRAME, height + 2 * _FRAME + (0 if alone else _LEADING)
@@ -81,7 +86,8 @@ def panel(
     else:
         text_x, text_y = _MARGIN, _MARGIN + strip + grid_height + _GAP
         bottom = text_y + max(4, len(wrapped)) * _LEADING
-    size = (_even(body + 2 * _MARGIN), _even(bottom + _MARGIN))
+    bar = 0 if gaze.weights is None else BAR
+    size = (_even(body + 2 * _MARGIN), _even(bottom + bar + _MARGIN))
     image = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(image)
     if audio is not None:
@@ -104,6 +110,8 @@ def panel(
             )
     for number, (text, colour) in enumerate(wrapped):
         draw.text((text_x, text_y + number * _LEADING), text, COLOURS[colour], _font())
+    if gaze.weights is not None:
+        draw_weights(draw, gaze.weights, _MARGIN, bottom + _GAP, body, _font())
     return np.asarray(image)
 
 
@@ -213,7 +221,8 @@ def play(
 
     Args:
         env: a single environment with ``render_mode="rgb_array"``.
-        agent: ``"oracle"``, ``"random"`` or something with ``predict``.
+        agent: ``"oracle"``, ``"random"`` or something with ``predict``; if it has a ``gaze`` too, the end of an
+            episode shows what it looked at last.
         episodes: number of episodes.
         seed: seed of the first reset; also of the actions of ``"random"``.
         ends_only: one frame an episode, its end, in place of frames at ``FPS``.
@@ -252,7 +261,8 @@ def play(
             total, start, ended = total + float(reward), False, terminated or truncated
             if not ended and not ends_only:
                 hold(0.25)
-        hold(2.0)
+        with showing(getattr(agent, "gaze", Gaze())):
+            hold(2.0)
         returns.append(total)
         successes.append(bool(info["is_success"]))
         if audio is not None and not ends_only:

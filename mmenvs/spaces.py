@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from gymnasium import spaces
 
-Modality = Literal["image", "images", "text", "audio", "vector"]
+Modality = Literal["image", "images", "text", "audio", "vector", "tokens"]
 SAMPLE_RATE = 16_000
 
 
@@ -31,12 +31,18 @@ def audio(samples: int) -> spaces.Box:
     return spaces.Box(-1.0, 1.0, (samples,), np.float32)
 
 
+def tokens(count: int, size: int) -> spaces.Box:
+    """Vectors that a frozen encoder left, ``(count, size)`` float32, unbounded."""
+    return spaces.Box(-np.inf, np.inf, (count, size), np.float32)
+
+
 def modality_of(space: spaces.Space) -> Modality:
     """Read the modality of one observation off its dtype, bounds and shape.
 
     uint8 ``(H, W, 3)`` (or the ``(3, H, W)`` that Stable-Baselines3 makes of it) is an image, uint8 with
     four axes is a set of images, an integer vector is text, a float vector bounded by [-1, 1] or two such
-    channels is audio, and any other float vector is a plain vector.
+    channels is audio, any other float vector is a plain vector. A float matrix of other bounds is tokens,
+    ``(T, D)``; one of [-1, 1] that is too short for sound must be named.
 
     Raises:
         TypeError: if ``space`` is not a ``Box``.
@@ -52,12 +58,15 @@ def modality_of(space: spaces.Space) -> Modality:
     if dtype is not None and np.issubdtype(dtype, np.integer) and dtype != np.uint8 and len(shape) == 1:
         return "text"
     if dtype is not None and np.issubdtype(dtype, np.floating) and len(shape) in (1, 2):
-        if bool(np.all(space.low == -1) and np.all(space.high == 1)) and shape[-1] >= 1000:
+        like_sound = bool(np.all(space.low == -1) and np.all(space.high == 1))
+        if like_sound and shape[-1] >= 1000:
             return "audio"
         if len(shape) == 1:
             return "vector"
+        if not like_sound:
+            return "tokens"
     raise ValueError(
         f"no modality fits a Box of shape {shape} and dtype {dtype}: expected uint8 (H, W, 3) for an image, "
         "uint8 (K, H, W, 3) for images, int64 (L,) for text, float32 (T,) or (C, T) in [-1, 1] for audio, "
-        "float (D,) for a vector"
+        "float (D,) for a vector, float32 (T, D) of other bounds for tokens"
     )

@@ -12,8 +12,10 @@ from torch import nn
 from mmenvs import spaces as modalities
 from mmenvs.embeddings import ENCODERS, FUSIONS, Extractor, Fusion
 from mmenvs.embeddings.text import text_mask
+from mmenvs.world.words import VOCABULARY
 
-WORDS, LENGTH, BATCH = 30, 9, 3
+WORDS, LENGTH, BATCH = len(VOCABULARY), 9, 3
+TRAINED_TEXT = [name for name in ENCODERS["text"] if name != "shapes"]
 
 
 def full_space(size: int = 32) -> spaces.Dict:
@@ -23,6 +25,7 @@ def full_space(size: int = 32) -> spaces.Dict:
             "image": modalities.image(size),
             "images": modalities.images(3, size),
             "text": modalities.text(WORDS, LENGTH),
+            "tokens": modalities.tokens(4, 6),
             "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32),
         }
     )
@@ -82,7 +85,7 @@ def test_a_fusion_ignores_padding(fusion):
     assert not torch.allclose(module(changed, masks), expected)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS["text"])
+@pytest.mark.parametrize("encoder", TRAINED_TEXT)
 def test_words_do_not_depend_on_the_padding_behind_them(encoder):
     torch.manual_seed(0)
     module = ENCODERS["text"][encoder](modalities.text(WORDS, LENGTH), 32)
@@ -96,7 +99,7 @@ def test_words_do_not_depend_on_the_padding_behind_them(encoder):
     torch.testing.assert_close(module(ids)[:, :4], before[:, :4])
 
 
-@pytest.mark.parametrize("encoder", ["gru", "transformer", "bow"])
+@pytest.mark.parametrize("encoder", TRAINED_TEXT)
 def test_the_order_of_words_matters(encoder):
     torch.manual_seed(0)
     extractor = Extractor(single("text"), encoders={"text": encoder}, width=32)
@@ -175,7 +178,8 @@ def test_what_is_not_visible_changes_nothing():
 
 def test_weights_of_the_weighted_sum_sum_to_one():
     module = FUSIONS["weighted_sum"]({"a": 2, "b": 3}, 32, 16)
-    weights = module.weights({"a": torch.randn(5, 32), "b": torch.randn(5, 32)})
+    present = torch.ones(5, 2, dtype=torch.bool)
+    weights = module.weights({"a": torch.randn(5, 32), "b": torch.randn(5, 32)}, present)
     torch.testing.assert_close(weights.sum(1), torch.ones(5))
     assert (weights > 0).all()
 
@@ -220,7 +224,7 @@ SPACE = spaces.Dict({"image": modalities.image(32), "text": modalities.text(WORD
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"fusion": "film"}, ValueError, "concat, weighted_sum, cross_attention, transformer"),
+        ({"fusion": "sum"}, ValueError, "concat, weighted_sum, cross_attention, transformer, gated"),
         ({"fusion": nn.Linear}, TypeError, "Fusion"),
         ({"encoders": {"image": "resnet"}}, ValueError, "cnn, vit"),
         ({"encoders": {"picture": "cnn"}}, ValueError, "image, text"),
@@ -228,6 +232,8 @@ SPACE = spaces.Dict({"image": modalities.image(32), "text": modalities.text(WORD
         ({"encoders": {"image": nn.Flatten(2)}}, ValueError, "width=64"),
         ({"modalities": {"image": "smell"}}, ValueError, "'smell'"),
         ({"visible": ("sound",)}, ValueError, "sound"),
+        ({"visible": ()}, ValueError, "one of image, text must be there"),
+        ({"visible": "image"}, TypeError, "sequence of names"),
         ({"precision": "int8"}, ValueError, "bfloat16"),
         ({"width": 30}, ValueError, "multiple of"),
     ],

@@ -69,7 +69,9 @@ class Grid:
         for name in ("envs", "embeddings", "agents", "steps"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one")
-        axes = {name: getattr(self, name) for name in ("envs", "embeddings", "agents", "steps", "features_dim")}
+        axes = {
+            name: getattr(self, name) for name in ("envs", "embeddings", "agents", "steps", "features_dim")
+        }
         for name, values in {**axes, **self.env_axes}.items():
             twice = [value for value in values if values.count(value) > 1]
             if twice:
@@ -140,7 +142,9 @@ def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -
     encoder, plus, fusion = embedding.partition("+")
     if not plus:
         raise ValueError(f"embedding must be '<encoder>+<fusion>' such as 'cnn+concat', got {embedding!r}")
-    one_of(f"the encoder in {embedding!r}", encoder, tuple(dict.fromkeys(itertools.chain(*ENCODERS.values()))))
+    one_of(
+        f"the encoder in {embedding!r}", encoder, tuple(dict.fromkeys(itertools.chain(*ENCODERS.values())))
+    )
     one_of(f"the fusion in {embedding!r}", fusion, tuple(FUSIONS))
     envs: Any = gym.make_vec(id, num_envs=1, **(env_kwargs or {}))
     space = envs.single_observation_space
@@ -187,7 +191,11 @@ def compare(
         torn = store.drop_torn(path)
         if torn:
             say(f"the last row was cut off while it was written ({torn} bytes): its run is done again")
-        done = {run_key(row["run"]) for row in store.read(path) if "error" not in row} if path.exists() else set()
+        done = (
+            {run_key(row["run"]) for row in store.read(path) if "error" not in row}
+            if path.exists()
+            else set()
+        )
         missing = [run for run in runs if run_key(run) not in done]
         say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
         for note in notes(grid):

@@ -57,7 +57,7 @@ class Recommendation:
         sentence = f"within {limits}: {what}" if self.budget else f"without a budget: {what}"
         others = [name for name in self.tied if name != self.chosen.name]
         if others:
-            sentence += f" (not to be told apart by score: {', '.join(others)}; the cheaper one is named)"
+            sentence += f" (not to be told apart by score: {'; '.join(others)}; the cheaper one is named)"
         return sentence
 
 
@@ -82,7 +82,10 @@ def recommend(
         FileNotFoundError: if there are no results.
     """
     limits = check_budget(budget or {})
-    rows = store.read(Path(results)) if isinstance(results, str | os.PathLike) else list(results)
+    if isinstance(results, str | os.PathLike):
+        rows = store.read(Path(results))
+    else:
+        rows = [store.check(row) for row in results]
     summary = summarise(rows)
     candidates = summary.candidates
     if not candidates:

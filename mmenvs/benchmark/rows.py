@@ -14,7 +14,7 @@ FORMAT = 1
 MAX_BYTES = 2**30
 Row = dict[str, Any]
 # What reports and recommendations read of a run that did not fail, beside its ``run``.
-MEASURED = ("scores", "curve", "checkpoints", "perturbed", "cost", "train")
+MEASURED = ("bounds", "scores", "curve", "checkpoints", "perturbed", "cost")
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             rows.append(check(json.loads(line, parse_constant=_no_constant)))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"line {number} of {str(path)!r} is no row of a comparison: {error}") from None
     return rows
 
@@ -93,14 +93,27 @@ def check(row: Any) -> Row:
     kinds = {"id": str, "env_kwargs": dict, "embedding": str, "agent": str, "steps": int, "seed": int}
     if not isinstance(run, dict) or not all(isinstance(run.get(k), kind) for k, kind in kinds.items()):
         raise ValueError(f"run must hold {', '.join(kinds)}")
-    if "error" not in row:
-        missing = [key for key in MEASURED if key not in row]
-        if missing:
-            raise ValueError(f"neither error nor {', '.join(missing)}")
-        for split in ("test", "compositional"):
-            returns = row["scores"][split]["returns"] if split in row["scores"] else []
-            if not returns or not all(isinstance(x, int | float) and math.isfinite(x) for x in returns):
-                raise ValueError(f"scores must hold finite returns of the {split} split")
+    if "error" in row:
+        return row
+    missing = [key for key in MEASURED if key not in row]
+    if missing:
+        raise ValueError(f"neither error nor {', '.join(missing)}")
+    for split in ("test", "compositional"):
+        scores = row["scores"].get(split) or {}
+        if not scores.get("returns") or not _numbers(scores["returns"]):
+            raise ValueError(f"scores must hold finite returns of the {split} split")
+        if not _numbers([scores.get(key) for key in ("return", "success", "length")]):
+            raise ValueError(f"scores must hold return, success and length of the {split} split")
+    if not _numbers(row["bounds"], 2) or row["bounds"][0] >= row["bounds"][1]:
+        raise ValueError("bounds must be two numbers, the lower one first")
+    if not row["curve"] or not all(_numbers(point, 4) for point in row["curve"]):
+        raise ValueError("curve must hold points of four numbers")
+    if not row["checkpoints"] or not all(_numbers(point, 2) for point in row["checkpoints"]):
+        raise ValueError("checkpoints must hold pairs of numbers")
+    if "clean" not in row["perturbed"] or not _numbers(list(row["perturbed"].values())):
+        raise ValueError("perturbed must hold numbers, clean among them")
+    if not _numbers([cost for cost in row["cost"].values() if cost is not None]):
+        raise ValueError("cost must hold numbers or null")
     return row
 
 
@@ -119,6 +132,14 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another comparison is writing to out={str(folder)!r}") from None
         yield
+
+
+def _numbers(values: Any, length: int | None = None) -> bool:
+    return (
+        isinstance(values, list)
+        and length in (None, len(values))
+        and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+    )
 
 
 def _bounded(path: Path, data: bytes) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import torch
 from gymnasium import spaces
@@ -14,11 +15,16 @@ from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.fusion import FUSIONS, Fusion, Tokens
 from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
 from mmenvs.embeddings.joint import ShapesEncoder
+from mmenvs.embeddings.pretrained import Output, Pretrained, Train
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
 from mmenvs.embeddings.video import FrameEncoder
 from mmenvs.spaces import Modality, modality_of
+from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
+HUGGING_FACE = "hf:"  # marks the name or folder of a pretrained model among the names of our encoders
+# Keywords of Extractor.from_pretrained.
+MODALITIES: dict[str, Modality] = {"image": "image", "text": "text", "audio": "audio", "video": "images"}
 
 
 class LinearEncoder(nn.Module):
@@ -30,6 +36,17 @@ class LinearEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.float()).unsqueeze(1)
+
+
+class TokenEncoder(nn.Module):
+    """Tokens that a frozen encoder left: a linear map of each, ``(B, T, D)`` to ``(B, T, width)``."""
+
+    def __init__(self, space: spaces.Box, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(space.shape[1], width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.float())
 
 
 # Encoders of each modality by name; the first is the default.
@@ -44,6 +61,7 @@ ENCODERS: dict[Modality, dict[str, type[nn.Module]]] = {
     },
     "audio": {"logmel_cnn": LogMelEncoder, "shapes": ShapesEncoder},
     "vector": {"linear": LinearEncoder},
+    "tokens": {"linear": TokenEncoder},
 }
 
 
@@ -53,26 +71,28 @@ class Extractor(nn.Module):
     Args:
         observation_space: ``Dict`` of ``Box``, as the environments give it, or with pictures channels
             first, as Stable-Baselines3 makes it.
-        encoders: for some or all names of the observation, the name of an encoder in ``ENCODERS`` or a
-            module that maps ``(B, ...)`` to ``(B, T, width)``. The others get their modality's first.
+        encoders: for some or all names of the observation, the name of an encoder in ``ENCODERS``, a
+            module that maps ``(B, ...)`` to ``(B, T, width)``, or a pretrained model: ``"hf:"`` and its name
+            or folder, or a :class:`~mmenvs.embeddings.Pretrained`. The others get their modality's first.
         fusion: a name in ``FUSIONS`` or a subclass of :class:`~mmenvs.embeddings.fusion.Fusion`.
         features_dim: size of the result.
         modalities: the modality of those names for which ``mmenvs.spaces.modality_of`` guesses wrong.
         width: size of a token.
         precision: ``"bfloat16"`` computes convolutions and linear layers in half precision, three times as
             fast on a CPU with AMX, slower on one without. Weights and results stay float32.
-        visible: names of the observations that are looked at, all by default; the tokens of the others are
-            zeros, which makes the "blind" agents that multimodal ones are compared with.
+        visible: names of the observations that are looked at, all by default; the others are always missing,
+            which makes the "blind" agents that multimodal ones are compared with.
 
     Raises:
-        ValueError: unknown name, with those allowed; a module whose tokens have another width.
+        ValueError: unknown name, with those allowed; a module whose tokens have another width; from an
+            encoder, numbers that are not finite.
         TypeError: a space, encoder or fusion of another type.
     """
 
     def __init__(
         self,
         observation_space: spaces.Dict,
-        encoders: Mapping[str, str | nn.Module] | None = None,
+        encoders: Mapping[str, str | Pretrained | nn.Module] | None = None,
         fusion: str | type[Fusion] = "cross_attention",
         features_dim: int = 256,
         modalities: Mapping[str, Modality] | None = None,
@@ -90,8 +110,9 @@ class Extractor(nn.Module):
         encoders, modalities = dict(encoders or {}), dict(modalities or {})
         _known_names("encoders", encoders, observation_space)
         _known_names("modalities", modalities, observation_space)
+        _known_names("visible", visible or (), observation_space)
         self.visible = tuple(observation_space.spaces if visible is None else visible)
-        _known_names("visible", self.visible, observation_space)
+        self._without: frozenset[str] = frozenset()
         self.modalities: dict[str, Modality] = {}
         self._channels_last: dict[str, bool] = {}
         self.encoders = nn.ModuleDict()
@@ -107,7 +128,64 @@ class Extractor(nn.Module):
             self._channels_last[name] = modality in ("image", "images") and space.shape[-1] in (1, 3, 4)
             self.encoders[name] = _encoder(name, modality, space, encoders.get(name), width)
             self._lengths[name] = self._count_tokens(name, space)
+        self._missing(())
         self.fusion: Fusion = _fusion_class(fusion)(self._lengths, width, features_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        observation_space: spaces.Dict,
+        image: str | Pretrained | None = None,
+        text: str | Pretrained | None = None,
+        audio: str | Pretrained | None = None,
+        video: str | Pretrained | None = None,
+        fusion: str | type[Fusion] = "gated",
+        train: Train = "frozen",
+        output: Output = "pooled",
+        vocabulary: Vocabulary | None = None,
+        local_files_only: bool = False,
+        modalities: Mapping[str, Modality] | None = None,
+        **others: Any,
+    ) -> Extractor:
+        """An extractor with pretrained encoders from Hugging Face names or local folders.
+
+        Args:
+            observation_space: as above.
+            image, text, audio, video: name or folder of the model for all observations of the modality, a
+                :class:`~mmenvs.embeddings.Pretrained` with settings of its own, or an encoder in ``ENCODERS``.
+                ``video`` is for films and sets of pictures; an image model there looks at each picture.
+                Modalities not given get their default encoder.
+            fusion: as above.
+            train, output, vocabulary, local_files_only: as in :class:`~mmenvs.embeddings.Pretrained`, for all.
+            modalities: as above.
+            **others: ``features_dim``, ``width`` and all others as above.
+
+        Raises:
+            FileNotFoundError: a model or files of it that are missing.
+            ValueError: a modality that the space lacks, or a model that can't encode it.
+        """
+        if not isinstance(observation_space, spaces.Dict):
+            raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
+        found = {
+            name: (modalities or {}).get(name) or modality_of(part)
+            for name, part in observation_space.spaces.items()
+        }
+        given = {"image": image, "text": text, "audio": audio, "video": video}
+        encoders: dict[str, str | Pretrained | nn.Module] = {}
+        for keyword, source in given.items():
+            if source is None:
+                continue
+            modality = MODALITIES[keyword]
+            names = [name for name, its in found.items() if its == modality]
+            if not names:
+                has = ", ".join(f"{name} ({its})" for name, its in found.items())
+                raise ValueError(
+                    f"{keyword}={source!r} is given, but no observation is {modality}; there are {has}"
+                )
+            if not isinstance(source, Pretrained) and source not in ENCODERS[modality]:
+                source = Pretrained(source, train, output, vocabulary, local_files_only=local_files_only)
+            encoders.update(dict.fromkeys(names, source))
+        return cls(observation_space, encoders, fusion, modalities=modalities, **others)
 
     def prepare(self, name: str, x: Tensor) -> Tensor:
         """One raw observation batch as its encoder takes it: pictures channels first, in [0, 1]."""
@@ -117,48 +195,90 @@ class Extractor(nn.Module):
             x = x.movedim(-1, -3)
         return x.float() / 255.0 if x.dtype == torch.uint8 else x
 
-    def encode(self, observation: Mapping[str, Tensor]) -> tuple[Tokens, Tokens]:
+    @contextmanager
+    def without(self, *missing: str) -> Iterator[None]:
+        """In the block the observations of these names are missing in every row, and needn't be given.
+
+        Raises:
+            ValueError: an unknown name, or nothing that is left to look at.
+        """
+        before = self._without
+        self._without = before | self._missing(missing)
+        try:
+            yield
+        finally:
+            self._without = before
+
+    def _missing(self, missing: Sequence[str]) -> frozenset[str]:
+        """All names that are missing, with those that never were visible."""
+        _known_names("missing", missing, self.encoders)
+        names = frozenset(missing) | self._without | (self.encoders.keys() - set(self.visible))
+        if len(names) == len(self.encoders):
+            raise ValueError(
+                f"one of {', '.join(self.encoders)} must be there to look at, got missing={tuple(missing)!r}, "
+                f"visible={self.visible!r}"
+            )
+        return names
+
+    def encode(self, observation: Mapping[str, Tensor], missing: Sequence[str] = ()) -> tuple[Tokens, Tokens]:
         """Tokens of each modality, ``{name: (B, T, width)}``, and their masks, ``{name: (B, T) bool}``.
 
         Args:
             observation: ``{name: (B, ...)}``. uint8 pictures are scaled to [0, 1] here, float ones are
                 taken to be in [0, 1] already.
+            missing: names that are missing in every row. They needn't be given; their encoders don't run, their
+                tokens are zeros and their masks False.
         """
-        for name in self.encoders:
+        absent = self._missing(missing)
+        present = [name for name in self.encoders if name not in absent]
+        for name in present:
             if name not in observation:
-                raise ValueError(f"observation lacks {name!r}; it needs {', '.join(self.encoders)}")
+                raise ValueError(f"observation lacks {name!r}; it needs {', '.join(present)}")
             if not isinstance(observation[name], Tensor):
                 raise TypeError(
                     f"observation[{name!r}] must be a batched torch tensor, got "
                     f"{type(observation[name]).__name__}; torch.as_tensor makes one"
                 )
         tokens, masks = {}, {}
-        device = next(iter(observation.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        first = observation[present[0]]
+        with torch.autocast(first.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             for name, encoder in self.encoders.items():
+                length = self._lengths[name]
+                if name in absent:
+                    tokens[name] = first.new_zeros((len(first), length, self.width), dtype=torch.float32)
+                    masks[name] = first.new_zeros((len(first), length), dtype=torch.bool)
+                    continue
                 x = observation[name]
-                shape = len(x), self._lengths[name]
-                is_text, is_visible = self.modalities[name] == "text", name in self.visible
-                masks[name] = text_mask(x) if is_text and is_visible else x.new_ones(shape, dtype=torch.bool)
-                tokens[name] = (
-                    encoder(self.prepare(name, x)).float()
-                    if is_visible
-                    else x.new_zeros((*shape, self.width), dtype=torch.float32)
-                )
+                tokens[name] = encoder(self.prepare(name, x)).float()
+                is_text = self.modalities[name] == "text" and length > 1
+                masks[name] = text_mask(x) if is_text else x.new_ones((len(x), length), dtype=torch.bool)
+                # One number says whether any is NaN or infinite.
+                if not torch.isfinite(tokens[name].detach().sum()):
+                    raise ValueError(
+                        f"the {self.modalities[name]} encoder of {name!r} ({type(encoder).__name__}) gave numbers "
+                        "that are not finite"
+                    )
         return tokens, masks
 
-    def tokens(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def tokens(self, observation: Mapping[str, Tensor], missing: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """All tokens one after the other in the order of the observation, for transformer policies.
+
+        Args:
+            observation, missing: as for :meth:`encode`.
 
         Returns:
             Tokens ``(B, T, width)`` and mask ``(B, T)`` bool, True at tokens and False at padding.
         """
-        tokens, masks = self.encode(observation)
+        tokens, masks = self.encode(observation, missing)
         return torch.cat(list(tokens.values()), 1), torch.cat(list(masks.values()), 1)
 
-    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Features ``(B, features_dim)`` float32 of the observations ``{name: (B, ...)}``."""
-        tokens, masks = self.encode(observation)
+    def forward(self, observation: Mapping[str, Tensor], missing: Sequence[str] = ()) -> Tensor:
+        """Features ``(B, features_dim)`` float32 of the observations ``{name: (B, ...)}``.
+
+        Args:
+            observation, missing: as for :meth:`encode`.
+        """
+        tokens, masks = self.encode(observation, missing)
         device = next(iter(tokens.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self.fusion(tokens, masks).float()
@@ -174,30 +294,39 @@ class Extractor(nn.Module):
                 f"the encoder of {name!r} must give (B, T, {self.width}) as width={self.width}, "
                 f"got {tuple(tokens.shape)} for a batch of 1"
             )
-        if self.modalities[name] == "text" and tokens.shape[1] != space.shape[0]:
+        if self.modalities[name] == "text" and tokens.shape[1] not in (1, space.shape[0]):
             raise ValueError(
-                f"the text encoder of {name!r} must give a token for each of {space.shape[0]} words, "
+                f"the text encoder of {name!r} must give one token, or one for each of {space.shape[0]} words, "
                 f"got {tokens.shape[1]}"
             )
         return tokens.shape[1]
 
 
-def _known_names(argument: str, given: Iterable[str], space: spaces.Dict) -> None:
-    unknown = sorted(set(given) - set(space.spaces))
+def _known_names(argument: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if isinstance(given, str):
+        raise TypeError(f"{argument} must be a sequence of names, got {given!r}")
+    names = list(known)
+    unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f"{argument} names {unknown}, but the observations are {', '.join(space.spaces)}")
+        raise ValueError(
+            f"{argument} names {', '.join(map(repr, unknown))}; the observation has {', '.join(names)}"
+        )
 
 
 def _encoder(
-    name: str, modality: Modality, space: spaces.Box, chosen: str | nn.Module | None, width: int
+    name: str, modality: Modality, space: spaces.Box, chosen: str | Pretrained | nn.Module | None, width: int
 ) -> nn.Module:
     allowed = ENCODERS[modality]
     if isinstance(chosen, nn.Module):
         return chosen
     if chosen is None:
         chosen = next(iter(allowed))
+    if isinstance(chosen, str) and chosen.startswith(HUGGING_FACE):
+        chosen = Pretrained(chosen.removeprefix(HUGGING_FACE))
+    if isinstance(chosen, Pretrained):
+        return chosen.build(space, width, modality)
     if not isinstance(chosen, str):
-        raise TypeError(f"encoders[{name!r}] must be a name or a torch module, got {chosen!r}")
+        raise TypeError(f"encoders[{name!r}] must be a name, Pretrained or a torch module, got {chosen!r}")
     if chosen not in allowed:
         raise ValueError(
             f"encoders[{name!r}] must be one of {', '.join(allowed)} ({modality}), got {chosen!r}"

@@ -1,70 +1,21 @@
 """Fusion strategies: the tokens of every modality in, one feature vector out.
 
 Each takes the same arguments and is called the same way, so that they can be compared and a new one
-plugged in: see :class:`Fusion`.
+plugged in: see :class:`~mmenvs.embeddings.base.Fusion`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mmenvs.embeddings.attention import Block
-
-Tokens = dict[str, Tensor]
-
-
-class Fusion(nn.Module, ABC):
-    """What a fusion strategy is. Subclass it and pass the class as ``fusion=``.
-
-    Args:
-        lengths: number of tokens of each observation, by name.
-        width: size of a token.
-        features_dim: size of the result.
-
-    ``forward(tokens, masks)`` takes ``{name: (B, T, width)}`` and ``{name: (B, T) bool}``, True at tokens
-    and False at padding, and returns ``(B, features_dim)``. Padding must not change the result.
-    """
-
-    def __init__(self, lengths: dict[str, int], width: int, features_dim: int) -> None:
-        super().__init__()
-        self.lengths, self.width, self.features_dim = dict(lengths), width, features_dim
-
-    @abstractmethod
-    def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
-        """Features ``(B, features_dim)`` of the tokens."""
-
-
-def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that are no padding, ``(B, T, d)`` and ``(B, T)`` to ``(B, d)``."""
-    weights = mask.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-
-
-class Readout(nn.Module):
-    """Tokens of all modalities to one vector: their mean, and what stands where.
-
-    Averaging loses places, which "left of" and "the third picture" ask for. So each token is also
-    squeezed to a few channels and these are kept side by side.
-    """
-
-    CHANNELS = 8
-
-    def __init__(self, lengths: dict[str, int], width: int, features_dim: int) -> None:
-        super().__init__()
-        self.squeeze = nn.ModuleDict({name: nn.Linear(width, self.CHANNELS) for name in lengths})
-        size = sum(width + length * self.CHANNELS for length in lengths.values())
-        self.out = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, features_dim), nn.ReLU())
-
-    def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
-        parts = []
-        for name, squeeze in self.squeeze.items():
-            kept = squeeze(tokens[name]) * masks[name].unsqueeze(-1)
-            parts += [masked_mean(tokens[name], masks[name]), kept.flatten(1)]
-        return self.out(torch.cat(parts, -1))
+from mmenvs.embeddings.base import Fusion, Readout, Tokens, masked_mean, never
+from mmenvs.embeddings.bilinear import FiLM, LowRankBilinear, Shared
 
 
 class Concat(Fusion):
@@ -74,7 +25,7 @@ class Concat(Fusion):
     picture as relation networks do it with the question (Santoro et al. 2017).
     """
 
-    def __init__(self, lengths: dict[str, int], width: int, features_dim: int) -> None:
+    def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
         super().__init__(lengths, width, features_dim)
         # W [token; others] = A token + B others: B is applied once, not at every token.
         others = max(1, len(lengths) - 1) * width
@@ -84,10 +35,11 @@ class Concat(Fusion):
         self.readout = Readout(lengths, width, features_dim)
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
+        tokens = self.blanked(tokens, masks)
         means = {name: masked_mean(tokens[name], masks[name]) for name in self.lengths}
         mixed = {}
         for name in self.lengths:
-            rest = [means[other] for other in self.lengths if other != name] or [means[name]]
+            rest = [means[other] for other in self.others(name)]
             joined = self.here[name](tokens[name]) + self.there[name](torch.cat(rest, -1)).unsqueeze(1)
             mixed[name] = tokens[name] + self.mix[name](torch.relu(joined))
         return self.readout(mixed, masks)
@@ -100,21 +52,28 @@ class WeightedSum(Fusion):
     for video description"); the sum is taken at each token with the means of the other modalities.
     """
 
-    def __init__(self, lengths: dict[str, int], width: int, features_dim: int) -> None:
+    def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
         super().__init__(lengths, width, features_dim)
         self.project = nn.ModuleDict({name: nn.Linear(width, 2 * width) for name in lengths})
         self.score = nn.ModuleDict({name: nn.Linear(width, 1) for name in lengths})
         self.mix = nn.Linear(2 * width, width)
         self.readout = Readout(lengths, width, features_dim)
 
-    def weights(self, means: Tokens) -> Tensor:
-        """The weights of the modalities, ``(B, number of modalities)``, from their means ``(B, width)``."""
-        return torch.softmax(torch.cat([self.score[name](means[name]) for name in self.lengths], -1), -1)
+    def weights(self, means: Tokens, present: Tensor) -> Tensor:
+        """The weights of the modalities, ``(B, number of modalities)``, from their means ``{name: (B, width)}``
+        and which are present, ``(B, number of modalities)`` bool."""
+        scores = torch.cat([self.score[name](means[name]) for name in self.lengths], -1)
+        return torch.softmax(scores + never(present, scores.dtype), -1)
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
+        tokens = self.blanked(tokens, masks)
         means = {name: masked_mean(tokens[name], masks[name]) for name in self.lengths}
+        present = self.present(masks)
+        weights = self.weights(means, present)
+        if self._record is not None:
+            self._record["weights"] = (weights * present).detach().float()
         # Scaled by their number, so that equal weights leave the size of a token as it was.
-        weights = self.weights(means).unsqueeze(1) * len(self.lengths)
+        weights = (weights * present.sum(1, keepdim=True)).unsqueeze(1)
         vectors = torch.stack([self.project[name](means[name]) for name in self.lengths], 1)
         vectors = vectors * weights.transpose(1, 2)
         total = vectors.sum(1)
@@ -123,6 +82,43 @@ class WeightedSum(Fusion):
             here = self.project[name](tokens[name]) * weights[:, :, i : i + 1]
             added = here + (total - vectors[:, i]).unsqueeze(1)
             mixed[name] = tokens[name] + self.mix(torch.relu(added))
+        return self.readout(mixed, masks)
+
+
+class Gated(Fusion):
+    """Gated multimodal units (Arevalo et al. 2017): gates that all modalities set together weigh them.
+
+    Each channel has gates of its own, which sum to 1 over the modalities; for two that is the unit of the
+    paper. There is a unit at each token, with the means of the other modalities.
+    """
+
+    def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
+        super().__init__(lengths, width, features_dim)
+        self.value = nn.ModuleDict({name: nn.Linear(width, width) for name in lengths})
+        self.gate = nn.ModuleDict({name: nn.Linear(width, len(lengths) * width) for name in lengths})
+        self.mix = nn.Linear(width, width)
+        self.readout = Readout(lengths, width, features_dim)
+
+    def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
+        tokens = self.blanked(tokens, masks)
+        means = {name: masked_mean(tokens[name], masks[name]) for name in self.lengths}
+        present = self.present(masks)
+        values = torch.stack([torch.tanh(self.value[name](means[name])) for name in self.lengths], 1)
+        scores = torch.stack([self.gate[name](means[name]) for name in self.lengths], 1)
+        scores = scores * present.unsqueeze(-1)  # (B, n, n * width), from each modality for all
+        total = scores.sum(1) + never(present, scores.dtype).repeat_interleave(self.width, 1)
+        mixed, shares = {}, []
+        for i, name in enumerate(self.lengths):
+            here = self.gate[name](tokens[name]) + (total - scores[:, i]).unsqueeze(1)
+            gates = torch.softmax(here.unflatten(-1, (len(self.lengths), self.width)), 2)  # (B, T, n, width)
+            own = torch.tanh(self.value[name](tokens[name])) - values[:, i].unsqueeze(1)
+            unit = (gates * values.unsqueeze(1)).sum(2) + gates[:, :, i] * own
+            mixed[name] = tokens[name] + self.mix(unit)
+            if self._record is not None:
+                shares.append(masked_mean(gates.detach().float().mean(-1), masks[name]))
+        if self._record is not None:
+            # Over the modalities that are present; the others have no units.
+            self._record["weights"] = torch.stack(shares).sum(0) / present.sum(1, keepdim=True).clamp(min=1)
         return self.readout(mixed, masks)
 
 
@@ -135,7 +131,7 @@ class CrossAttention(Fusion):
 
     ROUNDS = 2
 
-    def __init__(self, lengths: dict[str, int], width: int, features_dim: int) -> None:
+    def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
         super().__init__(lengths, width, features_dim)
         self.rounds = nn.ModuleList(
             nn.ModuleDict({name: Block(width) for name in lengths}) for _ in range(self.ROUNDS)
@@ -143,12 +139,24 @@ class CrossAttention(Fusion):
         self.readout = Readout(lengths, width, features_dim)
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
-        for blocks in self.rounds:
-            asking = cast(nn.ModuleDict, blocks)
-            tokens = {
-                name: asking[name](tokens[name], *_others(name, tokens, masks)) for name in self.lengths
-            }
+        tokens = self.blanked(tokens, masks)
+        attention = {}
+        for number, blocks in enumerate(self.rounds):
+            asking, asked = cast(nn.ModuleDict, blocks), {}
+            for name, x in tokens.items():
+                keys = torch.cat([tokens[other] for other in self.others(name)], 1)
+                mask = torch.cat([masks[other] for other in self.others(name)], 1)
+                asked[name] = asking[name](x, keys, mask)
+                if self._record is not None:
+                    attention[f"{name}/{number}"] = cast(Block, asking[name]).weights(x, keys, mask).mean(1)
+            tokens = asked
+        if self._record is not None:
+            self._record["attention"] = attention
         return self.readout(tokens, masks)
+
+    def columns(self, name: str) -> dict[str, slice]:
+        """Which keys of the recorded attention of ``name`` are the tokens of which modality."""
+        return _columns(self.lengths, self.others(name))
 
 
 class Transformer(Fusion):
@@ -159,25 +167,37 @@ class Transformer(Fusion):
 
     DEPTH = 2
 
-    def __init__(self, lengths: dict[str, int], width: int, features_dim: int) -> None:
+    def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
         super().__init__(lengths, width, features_dim)
         self.kind = nn.ParameterDict({name: nn.Parameter(torch.randn(width) * 0.2) for name in lengths})
         self.layers = nn.ModuleList(Block(width) for _ in range(self.DEPTH))
         self.readout = Readout(lengths, width, features_dim)
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
+        tokens = self.blanked(tokens, masks)
         sequence = torch.cat([tokens[name] + self.kind[name] for name in self.lengths], 1)
         mask = torch.cat([masks[name] for name in self.lengths], 1)
-        for layer in self.layers:
+        lengths, attention = list(self.lengths.values()), {}
+        for number, layer in enumerate(self.layers):
+            if self._record is not None:
+                rows = cast(Block, layer).weights(sequence, mask=mask).mean(1).split(lengths, 1)
+                attention.update(
+                    {f"{name}/{number}": part for name, part in zip(self.lengths, rows, strict=True)}
+                )
             sequence = layer(sequence, mask=mask)
-        parts = sequence.split(list(self.lengths.values()), 1)
+        if self._record is not None:
+            self._record["attention"] = attention
+        parts = sequence.split(lengths, 1)
         return self.readout(dict(zip(self.lengths, parts, strict=True)), masks)
 
+    def columns(self, name: str) -> dict[str, slice]:
+        """Which keys of the recorded attention are the tokens of which modality, whatever the ``name``."""
+        return _columns(self.lengths, list(self.lengths))
 
-def _others(name: str, tokens: Tokens, masks: Tokens) -> tuple[Tensor, Tensor]:
-    """Tokens and mask of all modalities but ``name``; its own where it is the only one."""
-    names = [other for other in tokens if other != name] or [name]
-    return torch.cat([tokens[other] for other in names], 1), torch.cat([masks[other] for other in names], 1)
+
+def _columns(lengths: Mapping[str, int], names: Sequence[str]) -> dict[str, slice]:
+    ends = list(accumulate(lengths[name] for name in names))
+    return {name: slice(end - lengths[name], end) for name, end in zip(names, ends, strict=True)}
 
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -185,4 +205,8 @@ FUSIONS: dict[str, type[Fusion]] = {
     "weighted_sum": WeightedSum,
     "cross_attention": CrossAttention,
     "transformer": Transformer,
+    "gated": Gated,
+    "low_rank_bilinear": LowRankBilinear,
+    "film": FiLM,
+    "shared": Shared,
 }

@@ -1,0 +1,258 @@
+"""One run of a comparison: train, score, cost and probe it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnvWrapper
+
+import mmenvs
+from mmenvs.benchmark.rows import Row
+from mmenvs.embeddings import Extractor
+from mmenvs.embeddings.cost import cost
+from mmenvs.embeddings.embedding import load_embedding
+from mmenvs.embeddings.joint import load_shapes
+from mmenvs.embeddings.probes import modality_use, probe_report
+from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation
+from mmenvs.registry import SPECS
+from mmenvs.spaces import modality_of
+
+CURVE_POINTS = 20
+CHECKPOINTS = (0.8, 0.9)  # shares of the training at which the policy is kept; the trained one is the third
+# What becomes of a modality that is missing, shuffled or swapped is told by the structure measures.
+_PERTURBATIONS = ("noise", "brightness", "pitch", "word_dropout")
+_KINDS = {"image": "pictures", "images": "pictures", "text": "words", "audio": "sound"}
+_PACKAGES = ("mmenvs", "numpy", "gymnasium", "torch", "torchaudio", "stable_baselines3")
+
+
+class Recorder(VecEnvWrapper):
+    """Between an agent and its environment: the training episodes at fixed steps, and policies on the way.
+
+    Args:
+        agent: from ``make_agent``; the recorder takes the place of its environment.
+        total: steps of training.
+
+    Attributes:
+        curve: ``[step, mean return, success, episodes]`` of the episodes that ended up to each of
+            ``CURVE_POINTS`` equal shares of ``total``, since the one before.
+        policies: ``(step, state dict)`` at the first step past each of ``CHECKPOINTS``.
+    """
+
+    def __init__(self, agent: Any, total: int) -> None:
+        super().__init__(agent.env)
+        # The policy alone: agent and recorder must not keep each other, with a replay buffer, alive.
+        self.policy, self.steps = agent.policy, 0
+        self.marks = [round(total * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
+        self.keep_at = [total * share for share in CHECKPOINTS]
+        self.curve: list[list[float]] = []
+        self.policies: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self._returns: list[float] = []
+        self._successes: list[bool] = []
+        agent.set_env(self)
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observation, rewards, ended, infos = self.venv.step_wait()
+        self.steps += self.num_envs
+        for row in np.flatnonzero(ended):
+            self._returns.append(infos[row]["episode"]["r"])
+            self._successes.append(infos[row]["is_success"])
+        while self.marks and self.steps >= self.marks[0]:
+            mark = self.marks.pop(0)
+            # Several marks may pass in one step; later ones then have no episodes of their own.
+            if self._returns:
+                means = float(np.mean(self._returns)), float(np.mean(self._successes))
+                self.curve.append([mark, *means, len(self._returns)])
+            self._returns, self._successes = [], []
+        while self.keep_at and self.steps >= self.keep_at[0]:
+            self.keep_at.pop(0)
+            state = self.policy.state_dict()
+            self.policies.append((self.steps, {name: x.detach().cpu().clone() for name, x in state.items()}))
+        return observation, rewards, ended, infos
+
+
+def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str) -> Row:
+    """Train one agent and measure it by the four criteria and the probes.
+
+    Args:
+        run: one of ``Grid.runs()``.
+        plan: how the agent is made with its embedding, see ``mmenvs.benchmark.compare.plan``.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended the training.
+    """
+    sb3 = importlib.import_module("mmenvs_agents.sb3")
+    id, env_kwargs, episodes = run["id"], run["env_kwargs"], run["episodes"]
+    optional = {key: run[key] for key in ("features_dim", "num_envs") if key in run}
+    agent = sb3.make_agent(
+        run["agent"], id, seed=run["seed"], device=device, env_kwargs=env_kwargs, **plan, **optional
+    )
+    recorder = Recorder(agent, run["steps"])
+    begin, cpu = time.perf_counter(), time.process_time()
+    if not sb3.train(agent, run["steps"], progress=False):
+        raise KeyboardInterrupt
+    wall, used = time.perf_counter() - begin, time.process_time() - cpu
+    agent.get_env().close()
+    few = max(1, episodes // 4)
+    return {
+        "bounds": [SPECS[id].min_score, SPECS[id].max_score],
+        "train": {"steps": agent.num_timesteps, "seconds": wall, "cpu_seconds": used},
+        "curve": recorder.curve,
+        "scores": {split: _score(agent, run, split, episodes) for split in ("test", "compositional")},
+        "checkpoints": _checkpoints(agent, recorder, run, few),
+        "perturbed": _perturbed(agent, run, few),
+        "cost": {"seconds": wall, "cpu_seconds": used, **_cost(agent, run)},
+        "structure": _structure(agent, run),
+    }
+
+
+def _evaluate(agent: Any, run: Mapping[str, Any], split: str, episodes: int, wrap: Any = None) -> Any:
+    evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
+    return evaluate(agent, run["id"], split=split, episodes=episodes, env_kwargs=run["env_kwargs"], wrap=wrap)
+
+
+def _score(agent: Any, run: Mapping[str, Any], split: str, episodes: int) -> dict[str, Any]:
+    result = _evaluate(agent, run, split, episodes)
+    return {
+        "return": result.mean_return,
+        "success": result.success.value,
+        "length": result.mean_length,
+        "by_type": {name: rate.value for name, rate in result.by_type.items()},
+        "returns": np.round(result.returns, 6),
+    }
+
+
+def _checkpoints(agent: Any, recorder: Recorder, run: Mapping[str, Any], episodes: int) -> list[list[float]]:
+    """Step and test return of the policies that were kept, and of the trained one, on the same episodes."""
+    trained = {name: x.clone() for name, x in agent.policy.state_dict().items()}
+    scores = []
+    for step, state in [*recorder.policies, (agent.num_timesteps, trained)]:
+        agent.policy.load_state_dict(state)
+        scores.append([step, _evaluate(agent, run, "test", episodes).mean_return])
+    return scores
+
+
+def _perturbed(agent: Any, run: Mapping[str, Any], episodes: int) -> dict[str, float]:
+    """Test return under each perturbation that fits an observation, and without each, on the same episodes."""
+    scores = {"clean": _evaluate(agent, run, "test", episodes).mean_return}
+    for key, part in _space(run).items():
+        kind = _KINDS.get(modality_of(part))
+        for name in _PERTURBATIONS:
+            if kind in PERTURBATIONS[name].kinds:
+                wrap = partial(VectorPerturbObservation, name=name, modality=key)
+                scores[f"{key} {name}"] = _evaluate(agent, run, "test", episodes, wrap).mean_return
+        blind = partial(_without, agent, (key,))
+        scores[f"without {key}"] = _evaluate(blind, run, "test", episodes).mean_return
+    return scores
+
+
+def _without(agent: Any, missing: Sequence[str], observation: Mapping[str, Any], **arguments: Any) -> Any:
+    with _extractor(agent).without(*missing):
+        return agent.predict(observation, **arguments)
+
+
+def _cost(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the extractor costs; with ``shapes`` also its weights, and what a cache keeps of each observation."""
+    found = cost(_extractor(agent), agent.observation_space, device=str(agent.device), batch_sizes=(1, 256))
+    frozen: list[torch.Tensor] = []
+    cached = None
+    if run["embedding"].startswith("shapes+"):
+        # Its weights are no part of the extractor, which leaves them out when it is saved.
+        frozen = list(load_shapes().parameters())
+        tokens = load_embedding("shapes", _space(run), output="tokens").dims.values()
+        cached = sum(length * d for length, d in tokens) * 4 / 1e3
+    frozen_bytes = sum(x.nbytes for x in frozen)
+    return {
+        "parameters": found["parameters"] + sum(x.numel() for x in frozen),
+        "trainable_parameters": found["trainable_parameters"],
+        "megabytes": (found["weight_bytes"] + frozen_bytes) / 1e6,
+        "megaflops": found["flops"] / 1e6,
+        "milliseconds": found["latency_ms"],
+        "throughput": found["best_throughput"],
+        "peak_megabytes": (found["peak_memory_bytes"] + frozen_bytes) / 1e6,
+        "cache_kilobytes": cached,
+    }
+
+
+def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Probes of the encoders as they are after training, on the val split, and what the agent uses of each."""
+    extractor = _extractor(agent)
+    embedding = load_embedding(extractor, _space(run)).to(agent.device)
+    kwargs = dict(run["env_kwargs"])
+    n = min(max(run["episodes"], 16), 2048)
+    probes = probe_report(
+        embedding, run["id"], difficulty=kwargs.pop("difficulty", 0), n=n, pool=min(n, 256), env_kwargs=kwargs
+    )
+
+    def predict(observation: Mapping[str, Any], missing: tuple[str, ...] = ()) -> Any:
+        return _without(agent, missing, observation, deterministic=True)
+
+    used = modality_use(
+        predict,
+        run["id"],
+        env_kwargs={**run["env_kwargs"], "split": "val"},
+        episodes=max(run["episodes"] // 4, 128),
+    )
+    return {"modalities": probes["modalities"], "pairs": probes["pairs"], "use": used}
+
+
+def _extractor(agent: Any) -> Extractor:
+    """The one that acts: algorithms keep it in different places, and some another for their targets."""
+    return next(module for module in agent.policy.modules() if isinstance(module, Extractor))
+
+
+def _space(run: Mapping[str, Any]) -> Any:
+    """The observations of a single environment, as they are before Stable-Baselines3 turns the pictures."""
+    envs: Any = gym.make_vec(run["id"], num_envs=1, **run["env_kwargs"])
+    envs.close()
+    return envs.single_observation_space
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where rows come from: versions, commit, machine, command, day."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": _commit(),
+        "device": f"{device} ({name}, {os.cpu_count()} cores)",
+        "threads": torch.get_num_threads(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    """The commit of a checkout, with "-dirty" if files differ from it; empty for an installed package."""
+    package = Path(mmenvs.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        return git("describe", "--always", "--dirty") if git("ls-files", "__init__.py") else ""
+    except OSError:  # no git on this machine
+        return ""

@@ -1,0 +1,194 @@
+"""What an agent looks at, on the panels of its episodes."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from mmenvs_agents.sb3 import make_agent, save
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from mmenvs import media
+from mmenvs.cli import app
+from mmenvs.embeddings import Extractor
+from mmenvs.embeddings.watch import Watched, gaze_of
+from mmenvs.gaze import BAR, Gaze, current, showing
+
+VQA, MATCHING, CAPTIONING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0", "MMRL/Captioning-v0"
+
+
+def picture(value: int = 60) -> np.ndarray:
+    return np.full((64, 64, 3), value, np.uint8)
+
+
+def one_cell(count: int, which: tuple[int, int, int], side: int = 4) -> np.ndarray:
+    heat = np.zeros((count, side, side), np.float32)
+    heat[which] = 1.0
+    return heat
+
+
+def test_a_hot_cell_lights_its_part_of_the_picture():
+    plain = media.panel([picture()], [("words", "black")])
+    with showing(Gaze(heat=one_cell(1, (0, 0, 3)))):
+        shown = media.panel([picture()], [("words", "black")])
+    again = media.panel([picture()], [("words", "black")])
+    np.testing.assert_array_equal(again, plain)
+    gain = (shown.astype(int) - plain).sum(2)
+    assert gain.min() == 0
+    rows, columns = np.nonzero(gain > 0.9 * gain.max())
+    # The picture is 320 pixels wide and stands 21 from the corner.
+    assert columns.min() >= 21 + 240 and columns.max() < 21 + 320
+    assert rows.min() >= 21 and rows.max() < 21 + 80
+    assert not gain[21 + 160 :].any() and not gain[:, : 21 + 160].any()
+
+
+def test_no_heat_is_the_plain_picture():
+    plain = media.panel([picture()] * 4, [])
+    with showing(Gaze(heat=np.zeros((4, 2, 2), np.float32))):
+        np.testing.assert_array_equal(media.panel([picture()] * 4, []), plain)
+    with showing(Gaze(heat=one_cell(4, (2, 1, 1), 2))):
+        changed = (media.panel([picture()] * 4, []) != plain).any((0, 2))
+    columns = np.flatnonzero(changed)
+    width = plain.shape[1]
+    assert width * 0.45 < columns.min() and columns.max() < width * 0.77
+
+
+def test_the_bar_is_parted_by_the_weights():
+    plain = media.panel([picture()], [])
+    with showing(Gaze(weights={"image": 0.25, "question": 0.75})):
+        shown = media.panel([picture()], [])
+    assert shown.shape == (plain.shape[0] + BAR, *plain.shape[1:])
+    line = shown[plain.shape[0] + 2]
+    first, second = line[20], line[-20]
+    assert (first != second).any()
+    lengths = [(line == colour).all(1).sum() for colour in (first, second)]
+    assert lengths[0] / sum(lengths) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "heat", [np.zeros((2, 4, 4)), np.zeros((4, 4)), np.full((1, 4, 4), 1.5), np.full((1, 4, 4), np.nan)]
+)
+def test_bad_heat(heat):
+    with pytest.raises(ValueError, match="heat must be"), showing(Gaze(heat=heat.astype(np.float32))):
+        media.panel([picture()], [])
+    assert current() == Gaze()
+
+
+def extractor_of(id: str, **others) -> Extractor:
+    torch.manual_seed(0)
+    return Extractor(gym.make(id).observation_space, features_dim=16, width=16, **others)
+
+
+def masks_of(extractor: Extractor) -> dict[str, torch.Tensor]:
+    return {name: torch.ones(1, n, dtype=torch.bool) for name, n in extractor.fusion.lengths.items()}
+
+
+def test_heat_is_the_attention_from_words_to_cells():
+    extractor = extractor_of(VQA)
+    observation, _ = gym.make(VQA).reset(seed=0)
+    words = extractor.fusion.lengths["question"]
+    masks = masks_of(extractor)
+    masks["question"][:, 2:] = False
+    one, two = torch.zeros(1, words, 16), torch.zeros(1, words, 16)
+    one[:, :, 6] = 1.0
+    two[:, 0, 6], two[:, 1, 9] = 1.0, 1.0
+    one[:, 2:], two[:, 2:] = 0.0, 0.0
+    one[:, 2:, 15] = two[:, 2:, 15] = 1.0  # padding looks elsewhere
+    back = torch.full((1, 16, words), 1 / words)
+    attention = {"image/0": back, "question/0": one, "image/1": back, "question/1": two}
+    heat = gaze_of(extractor, {"masks": masks, "attention": attention}, observation).heat
+    expected = np.zeros((1, 4, 4), np.float32)
+    expected[0, 1, 2], expected[0, 2, 1] = 1.0, 0.5 / 1.5
+    np.testing.assert_allclose(heat, expected, atol=1e-6)
+    masks["image"][:] = False
+    assert gaze_of(extractor, {"masks": masks, "attention": attention}, observation) == Gaze()
+
+
+def test_heat_of_a_set_of_pictures_in_a_transformer():
+    extractor = extractor_of(MATCHING, fusion="transformer")
+    observation, _ = gym.make(MATCHING).reset(seed=0)
+    lengths = extractor.fusion.lengths
+    keys = sum(lengths.values())
+    start = extractor.fusion.columns("audio")["images"].start
+    rows = {name: torch.zeros(1, length, keys) for name, length in lengths.items()}
+    rows["audio"][:, :, start + 4 * 3 + 2] = 1.0  # third cell of the last picture
+    rows["images"][:, :, start] = 1.0  # not asked, where there is sound
+    attention = {f"{name}/{n}": part for n in (0, 1) for name, part in rows.items()}
+    record = {"masks": masks_of(extractor), "attention": attention}
+    np.testing.assert_allclose(gaze_of(extractor, record, observation).heat, one_cell(4, (3, 1, 0), 2))
+    record["masks"]["audio"][:] = False
+    np.testing.assert_allclose(gaze_of(extractor, record, observation).heat, one_cell(4, (0, 0, 0), 2))
+
+
+def test_tokens_that_are_no_grid_give_no_heat():
+    class Five(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 16)
+
+        def forward(self, x):
+            return self.linear(x.mean((2, 3))).unsqueeze(1).repeat(1, 5, 1)
+
+    extractor = extractor_of(VQA, encoders={"image": Five()})
+    observation, _ = gym.make(VQA).reset(seed=0)
+    with extractor.fusion.recording() as record:
+        extractor({name: torch.as_tensor(x)[None] for name, x in observation.items()})
+    assert gaze_of(extractor, record, observation) == Gaze()
+
+
+@pytest.mark.parametrize("id", [VQA, MATCHING, CAPTIONING])
+@pytest.mark.parametrize("fusion", ["cross_attention", "transformer", "gated", "weighted_sum", "concat"])
+def test_the_end_of_an_episode_shows_the_gaze(id, fusion):
+    agent = make_agent("ppo", id, fusion=fusion, num_envs=2, n_steps=2, batch_size=4, device="cpu")
+    env = gym.make(id, render_mode="rgb_array", split="test")
+    plain, _, returns, _ = media.play(env, agent, 2, 0, ends_only=True)
+    watched = Watched(agent)
+    shown, _, again, _ = media.play(env, watched, 2, 0, ends_only=True)
+    assert again == returns
+    for one, other in zip(plain, shown, strict=True):
+        if fusion == "concat":
+            np.testing.assert_array_equal(one, other)
+        elif fusion in ("gated", "weighted_sum"):
+            assert other.shape[0] == one.shape[0] + BAR
+            assert sum(watched.gaze.weights.values()) == pytest.approx(1, abs=0.01)
+        else:
+            assert one.shape == other.shape and (one != other).any()
+            assert watched.gaze.heat.max() == 1.0 and (watched.gaze.heat >= 0).all()
+    film, *_ = media.play(env, watched, 1, 0)
+    np.testing.assert_array_equal(film[-1], shown[0])
+    np.testing.assert_array_equal(film[0], media.play(env, agent, 1, 0)[0][0])
+
+
+def test_an_agent_without_an_extractor_is_played_as_it_is():
+    class Fixed:
+        policy = nn.Linear(2, 2)
+
+        def predict(self, observation, **_):
+            return np.array(3), None
+
+    env = gym.make(VQA, render_mode="rgb_array")
+    watched = Watched(Fixed())
+    frames, *_ = media.play(env, watched, 1, 0, ends_only=True)
+    np.testing.assert_array_equal(frames[0], media.play(env, Fixed(), 1, 0, ends_only=True)[0][0])
+    assert watched.gaze == Gaze()
+
+
+@pytest.mark.parametrize("algo", ["ppo", "dqn"])
+def test_show_lays_the_gaze_over_a_saved_agent(tmp_path, algo):
+    small = {"buffer_size": 64} if algo == "dqn" else {"n_steps": 2, "batch_size": 4}
+    for fusion in ("cross_attention", "concat"):
+        agent = make_agent(algo, VQA, fusion=fusion, num_envs=2, device="cpu", **small)
+        save(agent, tmp_path / fusion)
+        out = tmp_path / f"{fusion}.png"
+        command = ["show", VQA, "--agent", str(tmp_path / fusion), "--episodes", "1", "--device", "cpu"]
+        result = CliRunner().invoke(app, [*command, "--out", str(out)])
+        assert result.exit_code == 0, result.output
+    heated, plain = (
+        np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+        for name in ("cross_attention", "concat")
+    )
+    inside = (slice(21, 341), slice(21, 341))
+    assert heated[inside].mean() > plain[inside].mean() + 5
