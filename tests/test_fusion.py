@@ -144,7 +144,7 @@ def test_missing_without_and_visible_are_one_thing(fusion):
     blind = extractor_of(names, fusion, visible=("image", "text"))
     observation = batch(names)
     rest = {name: observation[name] for name in ("image", "text")}
-    expected = extractor(observation, missing=("audio",))
+    whole, expected = extractor(observation), extractor(observation, missing=("audio",))
     with calls(extractor) as ran:
         assert torch.equal(extractor(rest, missing=["audio"]), expected)
         with extractor.without("audio"):
@@ -156,7 +156,7 @@ def test_missing_without_and_visible_are_one_thing(fusion):
     assert not mask[:, :length].any() and not tokens[:, :length].any() and mask[:, length:].any()
     with extractor.without("audio"), extractor.without("text"):
         assert torch.equal(extractor(rest), extractor(rest, missing=("text",)))
-    assert not torch.allclose(extractor(observation), expected)  # no longer without
+    assert torch.equal(extractor(observation), whole)
 
 
 def test_encoders_of_what_is_missing_get_no_gradient():
@@ -218,6 +218,19 @@ def test_rows_with_and_without_a_modality_share_a_batch(fusion):
     features = module(tokens, masks)
     torch.testing.assert_close(features[1::2], whole[1::2])
     assert ((features[::2] - whole[::2]).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_belongs_to_a_missing_modality_has_no_part_in_the_result(fusion):
+    module = fusion_of(fusion)
+    tokens, masks = drawn()
+    masks["text"][:] = False
+    module(tokens, masks).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        if "text" in name.split("."):
+            assert not parameter.grad.any(), name
+        elif "image" in name.split("."):
+            assert parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -285,19 +298,19 @@ def test_fusions_of_saved_agents_compute_what_they_did(fusion):
     torch.testing.assert_close(module(tokens, masks), torch.tensor(features), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_recorded_attention_is_what_is_mixed(masked):
+@pytest.mark.parametrize("kept", [1.0, 0.6, 0.0])
+def test_recorded_attention_is_what_is_mixed(kept):
     torch.manual_seed(0)
     attention = Attention(16)
     queries, keys = torch.randn(3, 5, 16), torch.randn(3, 7, 16)
-    mask = torch.rand(3, 7) > 0.4 if masked else None
+    mask = None if kept == 1.0 else torch.rand(3, 7) < kept
     weights = attention.weights(queries, keys, mask)
     assert weights.shape == (3, HEADS, 5, 7) and not weights.requires_grad
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, HEADS, 5))
     values = attention.key_value(keys)[..., 16:].view(3, 7, HEADS, 4).transpose(1, 2)
     mixed = attention.out((weights @ values).transpose(1, 2).reshape(3, 5, 16))
     torch.testing.assert_close(attention(queries, keys, mask), mixed, atol=1e-5, rtol=1e-5)
-    if masked:
+    if kept == 0.6:
         assert mask.any(1).all() and not weights[~mask[:, None, None].expand_as(weights)].any()
 
 

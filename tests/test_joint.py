@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from mmenvs.cli import app
-from mmenvs.embeddings import joint, pretraining
+from mmenvs.embeddings import Extractor, joint, load_embedding, pretraining
 from mmenvs.embeddings.joint import JointEmbedding, load_joint, save_joint
 from mmenvs.embeddings.pretraining import Pretraining, PretrainSettings, infonce, pretrain, sigmoid_loss
+from mmenvs.world.pairs import PairedScenes
 from mmenvs.world.words import VOCABULARY
 
 SMALL = PretrainSettings(steps=6, batch=16, difficulties=(0, 1))
@@ -173,12 +175,42 @@ def test_a_killed_save_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "training.safetensors").read_bytes() == before
 
 
-SHIPPED = joint.FOLDER / "shapes.safetensors"
+@pytest.fixture(scope="module", params=[0, 1])
+def vectors(request: pytest.FixtureRequest) -> dict:
+    scenes = PairedScenes(256, difficulty=request.param, split="val", seed=5)
+    batch = scenes.next()
+    raw = {name: torch.as_tensor(batch[name]) for name in scenes.observation_space.spaces}
+    encoded = load_embedding("shapes", scenes.observation_space).encode(raw)
+    vectors = {name: F.normalize(x.flatten(1), dim=-1) for name, x in encoded.items()}
+    return vectors | {"objects": batch["objects"]}
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the weights are not trained yet")
 class TestShapes:
+    """The weights that ship."""
+
+    @pytest.mark.parametrize("pair", [("image", "caption"), ("image", "audio"), ("audio", "caption")])
+    def test_it_finds_the_partner_on_held_out_scenes(self, vectors: dict, pair: tuple[str, str]) -> None:
+        for a, b in (pair, pair[::-1]):
+            found = (vectors[a] @ vectors[b].T).argmax(1).numpy()
+            assert (vectors["objects"][found] == vectors["objects"]).mean() > 0.9
+
     def test_it_is_small_and_has_a_card(self) -> None:
-        assert SHIPPED.stat().st_size <= 8 * 2**20
-        card = load_joint(SHIPPED)[1]
+        path = joint.FOLDER / "shapes.safetensors"
+        assert path.stat().st_size <= 8 * 2**20
+        card = load_joint(path)[1]
         assert "train" in card["trained_on"] and "compositional" in card["never_seen"]
+
+    def test_as_an_encoder_it_stays_frozen_and_out_of_the_agents_files(self) -> None:
+        envs = gym.make_vec("MMRL/AudioVisualMatching-v0", num_envs=4)
+        observation = {name: torch.as_tensor(x) for name, x in envs.reset(seed=0)[0].items()}
+        names = dict.fromkeys(observation, "shapes")
+        extractor = Extractor(envs.single_observation_space, names, "concat")
+        extractor(observation).sum().backward()
+        assert all(p.grad is not None for p in extractor.encoders.parameters())
+        assert not any(p.requires_grad or p.grad is not None for p in joint.load_shapes().parameters())
+        assert sum(p.numel() for p in extractor.encoders.parameters()) < 50_000
+
+    def test_a_text_of_other_words_is_refused(self) -> None:
+        space = gym.spaces.Dict({"text": gym.spaces.Box(0, 999, (12,), np.int64)})
+        with pytest.raises(ValueError, match="words"):
+            Extractor(space, {"text": "shapes"})

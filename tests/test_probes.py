@@ -285,6 +285,18 @@ def test_pairs_depend_on_the_stream_alone():
     assert not np.isin(other["content"], whole["content"]).any()
 
 
+@pytest.mark.parametrize("difficulty", range(4))
+def test_a_twin_differs_in_one_attribute_of_one_object(difficulty):
+    batch = PairedScenes(200, difficulty=difficulty, split="train", twins=True).next()
+    first, second = (batch["attributes"][half].astype(int) for half in (slice(100), slice(100, 200)))
+    assert (batch["count"][:100] == batch["count"][100:]).all()
+    there = np.arange(first.shape[1]) < batch["count"][:100, None]
+    differences = ((first != second) & there[:, :, None]).sum((1, 2))
+    assert (differences == 1).all()
+    kinds = {int(a) for a in np.nonzero(((first != second) & there[:, :, None]).any(1))[1]}
+    assert kinds == ({0, 1, 2} if difficulty == 0 else {0, 1, 2, 3})
+
+
 def test_ids_of_pairs_are_equal_where_content_is():
     batch = PairedScenes(600, difficulty=0, split="train").next()
     pairs = PairedScenes(600, difficulty=0, split="train")

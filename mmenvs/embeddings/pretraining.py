@@ -41,6 +41,7 @@ class PretrainSettings:
         steps: number of updates.
         batch: scenes of an update, and questions of an update.
         difficulties: levels of the world; each update takes the next one.
+        twins: half of the scenes of an update are twins of the other half, see :class:`PairedScenes`.
         film: a film of this many frames takes the picture's place in every fourth update; 0 is never.
         learning_rate: of Adam, at the start; Muon's is 20 times that. Both fall linearly to 2 %.
         seed: of weights and scenes.
@@ -52,6 +53,7 @@ class PretrainSettings:
     steps: int = 50_000
     batch: int = 256
     difficulties: tuple[int, ...] = (0, 1, 2, 3)
+    twins: bool = True
     film: int = 2
     learning_rate: float = 1e-3
     seed: int = 0
@@ -150,7 +152,12 @@ class Pretraining:
         self.optimizer = Muon(self.trained, lr=settings.learning_rate)
         self.scenes = [
             PairedScenes(
-                settings.batch, difficulty=d, split="train", frames=settings.film, seed=settings.seed
+                settings.batch,
+                difficulty=d,
+                split="train",
+                frames=settings.film,
+                twins=settings.twins,
+                seed=settings.seed,
             )
             for d in settings.difficulties
         ]

@@ -13,7 +13,7 @@ from numba import njit, uint64
 from mmenvs import spaces as modalities
 from mmenvs.checks import check_image_size, check_seconds, integer_in, one_of
 from mmenvs.world import captions, random, render, scene, sound
-from mmenvs.world.random import mix
+from mmenvs.world.random import below, mix
 from mmenvs.world.scene import DIFFICULTIES, SPLITS, Level, Scenes
 from mmenvs.world.words import VOCABULARY
 
@@ -21,7 +21,7 @@ from mmenvs.world.words import VOCABULARY
 class PairedScenes:
     """Batches of fresh scenes in every modality at once.
 
-    Scene k of a seed is drawn from the stream of (split, seed, k), so it doesn't depend on ``num``.
+    Scene k of a seed is drawn from the stream of (split, seed, k), so without twins it doesn't depend on ``num``.
 
     Args:
         num: scenes of a batch.
@@ -30,6 +30,9 @@ class PairedScenes:
         image_size: even, 32 to 512 pixels.
         seconds: length of the sound, 0.5 to 2. Each object sounds for ``seconds / objects_max`` of the level.
         frames: 0, or how many frames a film of each scene has.
+        twins: the second half of a batch are twins of the first, scene by scene: the same objects but for one
+            attribute of one of them, standing elsewhere. They are the hard negatives of contrastive learning,
+            without which two attributes tell most scenes apart and the others needn't be looked at.
         seed: non-negative.
 
     Attributes:
@@ -48,6 +51,7 @@ class PairedScenes:
         image_size: int = 64,
         seconds: float = 1.0,
         frames: int = 0,
+        twins: bool = False,
         seed: int = 0,
     ) -> None:
         self.num = integer_in("num", num, 1, 2**24)
@@ -56,6 +60,7 @@ class PairedScenes:
         self.image_size = check_image_size(image_size)
         self.seconds = check_seconds(seconds)
         self.frames = integer_in("frames", frames, 0, 256)
+        self.twins = twins
         self.level = DIFFICULTIES[self.difficulty]
         self.drawn = 0
         self.scenes = scene.empty(self.num)
@@ -102,6 +107,8 @@ class PairedScenes:
         )
         self.drawn += self.num
         scene.sample_rows(self.scenes, self._rows, self._streams, self.level, SPLITS.index(self.split))
+        if self.twins:
+            _make_twins(self.scenes, self._streams, self.level, SPLITS.index(self.split))
         render.render_rows(self.scenes, self._rows, self._atlas, self.level.noise, out["image"])
         captions.tell_rows(self.scenes, self._rows, self.level.textures, out["caption"])
         sound.sound_rows(
@@ -130,6 +137,28 @@ def keys_of(scenes: Scenes) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint
             h = mix(h + packed)
         objects[i] = h
     return content, objects
+
+
+@njit(cache=True, nogil=True)
+def _make_twins(scenes: Scenes, streams, level: Level, split: int) -> None:
+    """Make scene ``half + i`` a twin of scene i."""
+    half = scenes.count.size // 2
+    for i in range(half, 2 * half):
+        scenes.count[i] = scenes.count[i - half]
+        while True:
+            scenes.attributes[i] = scenes.attributes[i - half]
+            k = below(streams, i, scenes.count[i])
+            a = below(streams, i, 4)
+            values = scene.values_of(level, a)
+            if values == 1:
+                continue
+            step = 1 + below(streams, i, values - 1)
+            scenes.attributes[i, k, a] = (scenes.attributes[i, k, a] + step) % values
+            # Layouts are many, so some belong to any split; a change of content alone might find none.
+            scene.sample_layout(scenes, i, streams, i, level)
+            if scene.in_split(scenes, i, split):
+                break
+        scene.finish(scenes, i, streams, i, level)
 
 
 @njit(cache=True, nogil=True)
