@@ -17,7 +17,7 @@ from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
 from mmenvs.embeddings.joint import ShapesEncoder
 from mmenvs.embeddings.pretrained import Output, Pretrained, Train
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
-from mmenvs.embeddings.video import FrameEncoder
+from mmenvs.embeddings.video import FrameEncoder, ViTFrameEncoder
 from mmenvs.spaces import Modality, modality_of
 from mmenvs.text import Vocabulary
 
@@ -52,7 +52,7 @@ class TokenEncoder(nn.Module):
 # Encoders of each modality by name; the first is the default.
 ENCODERS: dict[Modality, dict[str, type[nn.Module]]] = {
     "image": {"cnn": ConvEncoder, "vit": ViTEncoder, "shapes": ShapesEncoder},
-    "images": {"frames": FrameEncoder, "shapes": ShapesEncoder},
+    "images": {"cnn": FrameEncoder, "vit": ViTFrameEncoder, "shapes": ShapesEncoder},
     "text": {
         "bow": WordEncoder,
         "gru": GRUEncoder,

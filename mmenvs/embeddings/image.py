@@ -80,23 +80,24 @@ class ConvEncoder(nn.Module):
 
 
 class ViTEncoder(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021) over 8x8 patches, at most ``VIT_SIDE`` a side.
+    """A small vision transformer (Dosovitskiy et al. 2021) over patches, at most ``max_side`` a side.
 
-    Larger pictures get larger patches. Its convolution-free stem learns slower than :class:`ConvEncoder`
+    A patch is at least 4x4 pixels; those of a 64x64 picture are 8x8. Its convolution-free stem learns slower than :class:`ConvEncoder`
     from few pictures.
 
     Args:
         space: picture space, channels first or last.
         width: size of a token.
+        max_side: most patches a side.
         depth: transformer layers.
 
     Shapes: ``(B, C, H, W)`` float in [0, 1] to ``(B, T, width)``, T in reading order.
     """
 
-    def __init__(self, space: spaces.Box, width: int, depth: int = 2) -> None:
+    def __init__(self, space: spaces.Box, width: int, max_side: int = VIT_SIDE, depth: int = 2) -> None:
         super().__init__()
         channels, size = channels_and_size(space)
-        patch = max(4, -(-size // VIT_SIDE))
+        patch = max(4, -(-size // max_side))
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         height, breadth = (side // patch for side in _picture_shape(space))
         self.place = nn.Parameter(torch.randn(height * breadth, width) * 0.2)
