@@ -14,7 +14,8 @@ import numpy as np
 import stable_baselines3
 import torch
 from gymnasium.error import NameNotFound
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -23,6 +24,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
+from mmenvs.files import replacing
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import integer_in
@@ -371,9 +373,11 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     weights = {name: value.contiguous() for name, value in agent.policy.state_dict().items()}
     # safetensors refuses tensors that share memory; DQN's target network shares none, extractors may.
     distinct = {name: value.clone() for name, value in weights.items()}
-    _write(path / f"weights_{steps}.safetensors", lambda file: save_file(distinct, file))
+    with replacing(path / f"weights_{steps}.safetensors") as file:
+        file.write_bytes(serialise(distinct))
     state = agent.policy.optimizer.state_dict()
-    _write(path / f"optimizer_{steps}.pt", lambda file: torch.save(state, file))
+    with replacing(path / f"optimizer_{steps}.pt") as file:
+        torch.save(state, file)
     settings = asdict(settings_of(agent))
     # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
     if not isinstance(settings["env_kwargs"].get("source"), str):
@@ -385,7 +389,8 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
         "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
     }
     text = json.dumps(document, indent=2)
-    _write(path / "settings.json", lambda file: Path(file).write_text(text))
+    with replacing(path / "settings.json") as file:
+        file.write_text(text)
     for pattern in ("weights_*.safetensors", "optimizer_*.pt"):
         for old in path.glob(pattern):
             if old.stem.split("_")[1] != str(steps):
@@ -452,15 +457,3 @@ def _algorithm(algo: str) -> type[BaseAlgorithm]:
             raise ImportError(f"algo={algo!r} needs sb3-contrib: pip install sb3-contrib") from None
         return sb3_contrib.TRPO if algo == "trpo" else sb3_contrib.QRDQN
     return PPO if algo == "ppo" else A2C if algo == "a2c" else DQN
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

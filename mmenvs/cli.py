@@ -158,7 +158,10 @@ def train(
         str | None, typer.Option(help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn.")
     ] = None,
     fusion: Annotated[
-        str | None, typer.Option(help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared.")
+        str | None,
+        typer.Option(
+            help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared."
+        ),
     ] = None,
     steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",
     seed: Annotated[

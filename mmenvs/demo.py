@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 
 from mmenvs import media
+from mmenvs.files import replacing
 
 ID = "MMRL/VQA-v0"
 DIFFICULTY = 0
@@ -77,7 +78,7 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
         "minutes": round((time.perf_counter() - begin) / 60, 2),
         **{name: result.to_dict() for name, result in results.items()},
     }
-    with media.replacing(out / "results.json") as file:
+    with replacing(out / "results.json") as file:
         file.write_text(json.dumps(document, indent=2))
     say(f"{document['minutes']} minutes in all")
     return results
@@ -145,5 +146,5 @@ def draw_curve(path: Path, log: Path, results: dict[str, Any], steps: int) -> No
         title=f"{ID}, difficulty {DIFFICULTY}",
     )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    with media.replacing(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, dpi=120)

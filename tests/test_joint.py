@@ -168,7 +168,7 @@ def test_a_killed_save_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest
     settings = PretrainSettings(steps=2, batch=8, difficulties=(0,))
     pretrain(settings, tmp_path)
     before = (tmp_path / "training.safetensors").read_bytes()
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     run = Pretraining(settings)
     with pytest.raises(KeyboardInterrupt):
         run.save(tmp_path)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmenvs import media
+from mmenvs.files import replacing
 
 RATE = 16_000
 
@@ -161,7 +162,7 @@ def test_bad_fps(tmp_path, suffix, fps):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), media.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

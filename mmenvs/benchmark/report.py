@@ -14,7 +14,7 @@ from mmenvs.benchmark.recommend import recommend
 from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.stats import Interval
 from mmenvs.benchmark.summary import Cell, Summary, summarise
-from mmenvs.media import replacing
+from mmenvs.files import replacing
 
 SPLITS = ("test", "compositional")
 Value = float | int | str | Interval | None

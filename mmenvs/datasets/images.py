@@ -19,7 +19,7 @@ from numba import njit
 from PIL import Image, ImageOps
 
 from mmenvs.checks import integer_in, one_of
-from mmenvs.media import replacing
+from mmenvs.files import replacing
 
 MAX_PIXELS = 64_000_000  # of one picture, about 190 MB decoded
 MAX_SIZE = 1024  # side of the stored pictures

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmenvs import spaces as modalities
@@ -25,6 +25,7 @@ from mmenvs.checks import integer_in
 from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.image import ConvEncoder
 from mmenvs.embeddings.text import TransformerTextEncoder, text_mask
+from mmenvs.files import replacing
 from mmenvs.spaces import SAMPLE_RATE
 from mmenvs.world.words import VOCABULARY
 
@@ -126,10 +127,8 @@ def save_joint(model: JointEmbedding, path: Path, card: dict[str, Any]) -> None:
     """Write weights and, in the file's metadata, configuration and model card, whole or not at all."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     metadata = {"config": json.dumps(asdict(model.config)), "card": json.dumps(card)}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata)
-    temporary.chmod(0o644)  # installed by one user, read by all
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write_bytes(save(tensors, metadata))
 
 
 def load_joint(path: Path | str) -> tuple[JointEmbedding, dict[str, Any]]:

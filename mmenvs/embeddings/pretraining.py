@@ -13,7 +13,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import mmenvs
@@ -22,6 +23,7 @@ from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.fusion import Concat
 from mmenvs.embeddings.joint import JointConfig, JointEmbedding, save_joint
 from mmenvs.embeddings.optimizers import Muon
+from mmenvs.files import replacing
 from mmenvs.world import questions
 from mmenvs.world.pairs import PairedScenes
 from mmenvs.world.words import VOCABULARY
@@ -253,9 +255,8 @@ class Pretraining:
             tensors |= {f"state.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         # The step stands in the same file as the weights, so that a kill between two files can't part them.
         metadata = {"done": str(self.done), "settings": json.dumps(asdict(self.settings))}
-        temporary = folder / "training.tmp"
-        save_file(tensors, temporary, metadata)
-        temporary.replace(folder / "training.safetensors")
+        with replacing(folder / "training.safetensors") as file:
+            file.write_bytes(serialise(tensors, metadata))
 
     def resume(self, folder: Path) -> None:
         """Go on from :meth:`save`.
