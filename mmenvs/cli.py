@@ -1,4 +1,4 @@
-"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``."""
+"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py``."""
 
 from __future__ import annotations
 
