@@ -1,4 +1,4 @@
-"""Stable-Baselines3 agents: recipes, training with logs and checkpoints, saving and loading without pickle."""
+"""Stable-Baselines3 agents: making, training with logs and checkpoints, saving and loading without pickle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,105 +29,9 @@ from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import integer_in
 
+from .recipes import RECIPES
+
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings that all algorithms have.
-
-    Attributes:
-        num_envs: rows of the native vector environment.
-        learning_rate: at the start; it falls linearly to 2 % of that.
-        features_dim: size of the extractor's result.
-        net_arch: hidden layers between it and the heads.
-        arguments: the algorithm's own arguments, by Stable-Baselines3's names.
-    """
-
-    num_envs: int = 128
-    learning_rate: float = 1e-3
-    features_dim: int = 256
-    net_arch: tuple[int, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PPORecipe(Recipe):
-    """Proximal policy optimisation (Schulman et al. 2017).
-
-    Entropy is rewarded with ``ent_coef`` at first, less and less until none at the end: without it a policy
-    settles on the most frequent answers before it has learned to look.
-    """
-
-    ent_coef: float = 0.04
-    arguments: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "n_steps": 16,
-            "batch_size": 128,
-            "n_epochs": 2,
-            "gamma": 1.0,
-            "gae_lambda": 0.95,
-            "clip_range": 0.2,
-        }
-    )
-
-
-@dataclass(frozen=True)
-class A2CRecipe(Recipe):
-    """Advantage actor-critic (Mnih et al. 2016), without its RMSprop, which diverges with attention layers."""
-
-    num_envs: int = 256
-    learning_rate: float = 7e-4
-    ent_coef: float = 0.04
-    arguments: Mapping[str, Any] = field(
-        default_factory=lambda: {"n_steps": 1, "gamma": 1.0, "gae_lambda": 0.95, "use_rms_prop": False}
-    )
-
-
-@dataclass(frozen=True)
-class DQNRecipe(Recipe):
-    """Deep Q-network (Mnih et al. 2015) with a replay buffer of uint8 pictures."""
-
-    num_envs: int = 64
-    learning_rate: float = 5e-4
-    arguments: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "buffer_size": 50_000,
-            "learning_starts": 2_000,
-            "batch_size": 256,
-            "train_freq": 4,
-            "gradient_steps": 1,
-            "target_update_interval": 1_000,
-            "exploration_fraction": 0.4,
-            "exploration_final_eps": 0.05,
-            "gamma": 0.99,
-        }
-    )
-
-
-@dataclass(frozen=True)
-class TRPORecipe(Recipe):
-    """Trust region policy optimisation (Schulman et al. 2015), from sb3-contrib."""
-
-    arguments: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "n_steps": 16,
-            "batch_size": 256,
-            "gamma": 1.0,
-            "target_kl": 0.02,
-            "cg_max_steps": 5,
-            "n_critic_updates": 2,
-        }
-    )
-
-
-RECIPES: dict[str, Recipe] = {
-    "ppo": PPORecipe(),
-    "a2c": A2CRecipe(),
-    "dqn": DQNRecipe(),
-    "trpo": TRPORecipe(),
-    "qrdqn": DQNRecipe(),
-}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from typing import Any
 import gymnasium as gym
 import torch
 import torch.nn.functional as F
-from mmenvs_agents.sb3 import PPORecipe, make_agent
+from mmenvs_agents.recipes import PPORecipe
+from mmenvs_agents.sb3 import make_agent
 from stable_baselines3 import PPO
 
 from mmenvs.embeddings import EmbeddingCache, load_embedding

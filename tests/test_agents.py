@@ -9,7 +9,8 @@ import pytest
 import torch
 from mmenvs_agents.baselines import BASELINES, MostFrequentAgent, OracleAgent, RandomAgent
 from mmenvs_agents.evaluation import evaluate
-from mmenvs_agents.sb3 import RECIPES, load, make_agent, resolve_device, save, train
+from mmenvs_agents.recipes import RECIPES
+from mmenvs_agents.sb3 import load, make_agent, resolve_device, save, train
 
 VQA, MATCHING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0"
 SMALL = {"num_envs": 8, "features_dim": 32, "fusion": "concat", "device": "cpu"}

@@ -84,7 +84,7 @@ class Grid:
             integer_in("features_dim", width, 1, 2**20)
         if self.num_envs is not None:
             integer_in("num_envs", self.num_envs, 1, 2**20)
-        algorithms = tuple(importlib.import_module("mmenvs_agents.sb3").RECIPES)
+        algorithms = tuple(importlib.import_module("mmenvs_agents.recipes").RECIPES)
         for agent in self.agents:
             one_of("agents", agent, algorithms)
         tasks = [(id, kwargs) for id in self.envs for kwargs in self._env_kwargs(id)]

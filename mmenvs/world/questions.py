@@ -13,17 +13,10 @@ import numpy.typing as npt
 from numba import njit
 
 from mmenvs.world import scene as world
+from mmenvs.world.phrasings import LENGTH, say, value_of
 from mmenvs.world.random import below
 from mmenvs.world.scene import Level, Scenes, held_out, values_of
-from mmenvs.world.words import (
-    FIRST_COLOUR,
-    FIRST_PLURAL,
-    FIRST_SHAPE,
-    FIRST_SIZE,
-    FIRST_TEXTURE,
-    NUMBERS,
-    VOCABULARY,
-)
+from mmenvs.world.words import NUMBERS
 
 # A level asks the first ``Level.question_types`` of these.
 TYPES = (
@@ -46,85 +39,13 @@ _YES, _NO, _NUMBER = 0, 1, 2
 # The answer "value v of attribute a" is _FIRST_ANSWER[a] + v.
 _FIRST_ANSWER = (13, 21, 29, 31)
 MAX_COUNT = 5  # questions never have a higher count as their answer
-LENGTH = 20  # words of the longest question, rounded up
-_RELATIONS = ("left of", "right of", "above", "below")
-_SUPERLATIVES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
-_COMPARISONS = ("more", "fewer", "same")
-
-# Slots of the phrasings: {a 1} "a red circle", {the 1} "red circle", {all 1} "red circles".
-_PHRASINGS = {
-    "exist": ("is there {a1} ?", "do you see {a1} ?", "is {a1} in the picture ?", "are there any {all1} ?"),
-    "count": (
-        "how many {all1} are there ?",
-        "how many {all1} do you see ?",
-        "what is the number of {all1} ?",
-    ),
-    "query": ("what {attribute} is the {the1} ?", "what is the {attribute} of the {the1} ?"),
-    "relation": (
-        "is the {the1} {relation} the {the2} ?",
-        "do you see the {the1} {relation} the {the2} ?",
-        "is there {a1} {relation} the {the2} ?",
-    ),
-    "compare_attribute": (
-        "is the {the1} the same {attribute} as the {the2} ?",
-        "do the {the1} and the {the2} have the same {attribute} ?",
-    ),
-    "more": ("are there {comparison} {all1} than {all2} ?", "do you see {comparison} {all1} than {all2} ?"),
-    "same": (
-        "are there as many {all1} as {all2} ?",
-        "is the number of {all1} the same as the number of {all2} ?",
-    ),
-    "superlative": (
-        "what {attribute} is the {superlative} object ?",
-        "what is the {attribute} of the {superlative} thing ?",
-    ),
-    "and": (
-        "is there {a1} and {a2} ?",
-        "do you see {a1} and {a2} ?",
-        "are there any {all1} and any {all2} ?",
-    ),
-    "or": ("is there {a1} or {a2} ?", "do you see {a1} or {a2} ?", "are there any {all1} or any {all2} ?"),
-}
-_SLOTS = ("a1", "a2", "the1", "the2", "all1", "all2", "attribute", "relation", "comparison", "superlative")
-
-
-def _compile_phrasings() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Templates as rows of word ids, slots as -1 - their index; and how many each phrasing group has."""
-    groups = list(_PHRASINGS.values())
-    table = np.zeros((len(groups), 4, LENGTH), np.int64)
-    sizes = np.array([len(group) for group in groups], np.int64)
-    for g, group in enumerate(groups):
-        for p, phrasing in enumerate(group):
-            for w, word in enumerate(phrasing.split()):
-                table[g, p, w] = -1 - _SLOTS.index(word[1:-1]) if word[0] == "{" else VOCABULARY.id(word)
-    return table, sizes
-
-
-def _compile_phrases() -> npt.NDArray[np.int64]:
-    """Word ids of the phrases that the last four slots take, ``(4, 6, 2)``; 0 where there is no second word."""
-    table = np.zeros((4, 6, 2), np.int64)
-    for s, phrases in enumerate((world.ATTRIBUTES, _RELATIONS, _COMPARISONS, _SUPERLATIVES)):
-        for p, phrase in enumerate(phrases):
-            for w, word in enumerate(phrase.split()):
-                table[s, p, w] = VOCABULARY.id(word)
-    return table
-
-
-_TEMPLATES, _TEMPLATE_COUNTS = _compile_phrasings()
-# Which phrasing group a type takes; compare_counts takes the next one for "same".
-_GROUP = np.array([0, 1, 2, 2, 2, 2, 3, 4, 5, 7, 8, 9], np.int64)
-_PHRASES = _compile_phrases()
-_FIRST_WORD = np.array([FIRST_SHAPE, FIRST_COLOUR, FIRST_SIZE, FIRST_TEXTURE], np.int64)
-_A, _AN, _ORANGE = VOCABULARY.id("a"), VOCABULARY.id("an"), VOCABULARY.id("orange")
-_OBJECT, _THING = VOCABULARY.id("object"), VOCABULARY.id("thing")
-_OBJECTS, _THINGS = VOCABULARY.id("objects"), VOCABULARY.id("things")
 
 
 class Questions(NamedTuple):
     """A batch of n questions: programs, their answers, and their words."""
 
     type: npt.NDArray[np.int64]  # (n,) index into TYPES
-    filters: npt.NDArray[np.int64]  # (n, 2) two descriptions, see _value
+    filters: npt.NDArray[np.int64]  # (n, 2) two descriptions, see value_of
     attribute: npt.NDArray[np.int64]  # (n,) the attribute asked for or compared
     option: npt.NDArray[np.int64]  # (n,) relation, superlative or comparison
     answer: npt.NDArray[np.int64]  # (n,) index into ANSWERS
@@ -145,16 +66,6 @@ def empty(n: int) -> Questions:
 
 
 @njit(inline="always")
-def _value(description, a):
-    """The described value of attribute ``a``, -1 if it isn't described.
-
-    A description is one integer with a byte for each attribute, value + 1: slices of arrays would cost
-    these kernels more than all they compute.
-    """
-    return ((description >> (8 * a)) & 255) - 1
-
-
-@njit(inline="always")
 def _byte(a, value):
     return np.int64(value + 1) << (8 * a)
 
@@ -164,7 +75,7 @@ def _matches(scenes, i, k, description):
     # No branch to guess wrongly: this is the innermost test of all.
     same = True
     for a in range(4):
-        value = _value(description, a)
+        value = value_of(description, a)
         same &= (value < 0) | (scenes.attributes[i, k, a] == value)
     return same
 
@@ -180,7 +91,7 @@ def _any(scenes, i, description):
 @njit(inline="always")
 def _set(scenes, i, k, description):
     for a in range(4):
-        value = _value(description, a)
+        value = value_of(description, a)
         if value >= 0:
             scenes.attributes[i, k, a] = value
 
@@ -197,10 +108,10 @@ def _avoid(scenes, i, keep, description, streams, row, level):
 def _change(scenes, i, k, description, streams, row, level):
     """Give object ``k`` another value of one of the described attributes, each as likely."""
     a = below(streams, row, 4)
-    while _value(description, a) < 0:
+    while value_of(description, a) < 0:
         a = below(streams, row, 4)
     n = values_of(level, a)
-    scenes.attributes[i, k, a] = (_value(description, a) + 1 + below(streams, row, n - 1)) % n
+    scenes.attributes[i, k, a] = (value_of(description, a) + 1 + below(streams, row, n - 1)) % n
 
 
 @njit(inline="always")
@@ -211,11 +122,11 @@ def _describe(most, without, streams, row, level, split):
         left = 1 + below(streams, row, most)
         while left > 0:
             a = below(streams, row, 4)
-            if a == without or _value(description, a) >= 0 or (a == 3 and level.textures == 1):
+            if a == without or value_of(description, a) >= 0 or (a == 3 and level.textures == 1):
                 continue
             description |= _byte(a, below(streams, row, values_of(level, a)))
             left -= 1
-        shape, colour = _value(description, 0), _value(description, 1)
+        shape, colour = value_of(description, 0), value_of(description, 1)
         if split == 3 or shape < 0 or colour < 0 or not held_out(shape, colour):
             return description
 
@@ -291,7 +202,7 @@ def _place_counts(scenes, i, d1, d2, first, second, streams, row, level):
             # Both describe by the same attribute, so one new value of it settles both.
             while _matches(scenes, i, k, d1) or (d2 > 0 and _matches(scenes, i, k, d2)):
                 a = below(streams, row, 4)
-                if _value(d1, a) >= 0:
+                if value_of(d1, a) >= 0:
                     scenes.attributes[i, k, a] = below(streams, row, values_of(level, a))
 
 
@@ -395,58 +306,6 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
     return True
 
 
-@njit(inline="always")
-def _say_object(words, q, w, description, noun, plural):
-    """Write size, colour, texture and noun of a description; the place after it."""
-    for a in (2, 1, 3):
-        if _value(description, a) >= 0:
-            words[q, w] = _FIRST_WORD[a] + _value(description, a)
-            w += 1
-    if _value(description, 0) >= 0:
-        words[q, w] = (FIRST_PLURAL if plural else FIRST_SHAPE) + _value(description, 0)
-    elif plural:
-        words[q, w] = _OBJECTS if noun == 0 else _THINGS
-    else:
-        words[q, w] = _OBJECT if noun == 0 else _THING
-    return w + 1
-
-
-@njit(cache=True, nogil=True)
-def _say(questions, q, streams, row):
-    """Put question ``q`` into words, with a phrasing drawn from the stream."""
-    words = questions.words
-    group = _GROUP[questions.type[q]]
-    if questions.type[q] == _COUNTS and questions.option[q] == 2:
-        group += 1
-    phrasing = below(streams, row, _TEMPLATE_COUNTS[group])
-    noun = below(streams, row, 2)
-    w = 0
-    for t in range(LENGTH):
-        code = _TEMPLATES[group, phrasing, t]
-        slot = -1 - code
-        if code > 0:
-            words[q, w] = code
-            w += 1
-        elif code == 0:
-            break
-        elif slot < 2:
-            start = w
-            w = _say_object(words, q, w + 1, questions.filters[q, slot % 2], noun, False)
-            first = words[q, start + 1]
-            words[q, start] = _AN if first == _ORANGE or first == _OBJECT else _A
-        elif slot < 6:
-            w = _say_object(words, q, w, questions.filters[q, slot % 2], noun, slot >= 4)
-        else:
-            table = slot - 6
-            index = questions.attribute[q] if table == 0 else questions.option[q]
-            for p in range(2):
-                if _PHRASES[table, index, p] > 0:
-                    words[q, w] = _PHRASES[table, index, p]
-                    w += 1
-    for t in range(w, LENGTH):
-        words[q, t] = 0
-
-
 @njit(cache=True, nogil=True)
 def ask_rows(scenes: Scenes, questions: Questions, rows, streams, level: Level, split: int) -> None:
     """Draw a scene of the split and a question about it for each of ``rows``."""
@@ -467,4 +326,4 @@ def ask_rows(scenes: Scenes, questions: Questions, rows, streams, level: Level, 
             if _fit(scenes, i, questions, i, streams, i, level, split) and world.in_split(scenes, i, split):
                 break
         world.finish(scenes, i, streams, i, level)
-        _say(questions, i, streams, i)
+        say(questions, i, streams, i)
