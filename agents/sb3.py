@@ -24,6 +24,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
+from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
@@ -51,7 +52,7 @@ class Settings:
     seed: int
     env_kwargs: dict[str, Any]
     visible: tuple[str, ...] | None
-    encoders: dict[str, str]
+    encoders: dict[str, str | Pretrained]
     precision: str
     recipe: dict[str, Any]
 
@@ -76,7 +77,7 @@ def make_agent(
     seed: int = 0,
     env_kwargs: Mapping[str, Any] | None = None,
     visible: tuple[str, ...] | None = None,
-    encoders: Mapping[str, str] | None = None,
+    encoders: Mapping[str, str | Pretrained] | None = None,
     precision: str | None = None,
     **overrides: Any,
 ) -> BaseAlgorithm:
@@ -102,6 +103,11 @@ def make_agent(
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     task_class(id)
+    for name, encoder in (encoders or {}).items():
+        if not isinstance(encoder, str | Pretrained):
+            raise TypeError(
+                f"encoders[{name!r}] must be a name or Pretrained, which can be saved with the agent, got {encoder!r}"
+            )
     cls = _algorithm(algo)
     device = resolve_device(device)
     integer_in("seed", seed, 0, 2**32 - 1)
@@ -155,8 +161,15 @@ def make_agent(
         # With Adam the encoders learn too slowly from a reward alone: matching stays at chance.
         policy: Any = agent.policy
         policy.optimizer = Muon(policy, (policy.action_net, policy.value_net), start)
+    # Row i of seed s is row i - 1 of seed s + 1: agents of neighbouring seeds must not learn from the same episodes.
+    env.seed(_episode_seed(seed, 0))
     agent.settings = settings  # type: ignore[attr-defined]
     return agent
+
+
+def _episode_seed(seed: int, steps: int) -> int:
+    """The seed of the training episodes of an agent that begins, or goes on, after ``steps``."""
+    return int(np.random.SeedSequence([seed, steps]).generate_state(1)[0])
 
 
 def train(
@@ -274,9 +287,8 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     steps = agent.num_timesteps
-    weights = {name: value.contiguous() for name, value in agent.policy.state_dict().items()}
-    # safetensors refuses tensors that share memory; DQN's target network shares none, extractors may.
-    distinct = {name: value.clone() for name, value in weights.items()}
+    weights = agent.policy.state_dict()
+    distinct = {name: weights[name].contiguous() for name in set(_first_names(weights).values())}
     with replacing(path / f"weights_{steps}.safetensors") as file:
         file.write_bytes(serialise(distinct))
     state = agent.policy.optimizer.state_dict()
@@ -299,6 +311,12 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
         for old in path.glob(pattern):
             if old.stem.split("_")[1] != str(steps):
                 old.unlink()
+
+
+def _first_names(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each name the first that holds the same tensor: policies know their extractor by three names."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(value.data_ptr(), name) for name, value in weights.items()}
 
 
 def load(
@@ -333,11 +351,17 @@ def load(
         recipe["net_arch"] = tuple(recipe["net_arch"])
         settings["visible"] = None if settings["visible"] is None else tuple(settings["visible"])
         settings["env_kwargs"] = {**settings["env_kwargs"], **(env_kwargs or {})}
+        settings["encoders"] = {
+            name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+            for name, encoder in settings["encoders"].items()
+        }
         agent = make_agent(**settings, device=device, **recipe, **arguments)
         for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{str(path / name)!r} is missing")
-        agent.policy.load_state_dict(load_file(path / f"weights_{steps}.safetensors", str(agent.device)))
+        weights = load_file(path / f"weights_{steps}.safetensors", str(agent.device))
+        firsts = _first_names(agent.policy.state_dict())
+        agent.policy.load_state_dict({name: weights[first] for name, first in firsts.items()})
         agent.policy.optimizer.load_state_dict(
             torch.load(path / f"optimizer_{steps}.pt", map_location=agent.device, weights_only=True)
         )
@@ -349,7 +373,7 @@ def load(
         ) from error
     agent.num_timesteps = steps
     # A resumed run must not see the episodes of its beginning again.
-    agent.get_env().seed(int(np.random.SeedSequence([settings["seed"], steps]).generate_state(1)[0]))  # type: ignore[union-attr]
+    agent.get_env().seed(_episode_seed(settings["seed"], steps))  # type: ignore[union-attr]
     return agent
 
 

@@ -163,6 +163,12 @@ def train(
             help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared."
         ),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Of every modality that has it: cnn (default), vit, shapes, joint:DIR, transformer, ..."
+        ),
+    ] = None,
     steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of weights, actions and episodes; default 0.")
@@ -185,6 +191,8 @@ def train(
         level = None if difficulty is None else parse_difficulty(difficulty)
         out = out or Path("runs", f"{id.split('/')[-1]}_{agent or 'ppo'}_{seed or 0}")
         if resume:
+            if encoder is not None:
+                raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
             model, kwargs = load_agent(out, device, source)
             asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed}
             saved = {name: getattr(model.settings, name) for name in asked}
@@ -211,6 +219,7 @@ def train(
                 device=device,
                 seed=seed or 0,
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
+                encoders=None if encoder is None else encoders_of(encoder, id, source),
                 **({} if num_envs is None else {"num_envs": num_envs}),
             )
             out.mkdir(parents=True, exist_ok=True)
@@ -305,6 +314,16 @@ def make_agent(
     )
     model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": source})
     return model
+
+
+def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
+    """``encoder`` for the observations whose modality has one of this name; the others take their default."""
+    from mmenvs.embeddings.extractor import encoders_named
+
+    env: Any = gym.make(id, **({} if source is None else {"source": open_source(source, id)}))
+    space = env.observation_space
+    env.close()
+    return encoders_named(encoder, space)
 
 
 def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,15 +30,21 @@ Number = TypeVar("Number", int, float)
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for weights, state and TensorBoard logs.")],
     modalities: Annotated[
-        str, typer.Option(help="image and one or both of text, audio.")
-    ] = "image,text,audio",
-    steps: Annotated[str, typer.Option(help="Updates, such as 50000 or 50k.")] = "50k",
-    batch: Annotated[int, typer.Option(min=2, help="Scenes, and questions, of an update.")] = 256,
-    loss: Annotated[str, typer.Option(help="infonce or sigmoid.")] = "infonce",
-    difficulties: Annotated[str, typer.Option(help="Levels of the world that take turns.")] = "0,1,2,3",
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and scenes.")] = 0,
+        str | None, typer.Option(help="image and one or both of text, audio; default all.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Updates, such as 50000 or 50k (default).")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=2, help="Scenes, and questions, of an update; 256.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="infonce (default) or sigmoid.")] = None,
+    difficulties: Annotated[
+        str | None, typer.Option(help="Levels of the world that take turns; 0,1,2,3.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights and scenes; 0.")] = None,
     device: Device = "auto",
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run in --out, with its settings; --steps may be more.")
+    ] = False,
 ) -> None:
     """Train a joint embedding of pictures, words and sounds by contrastive learning on the world's train split."""
     sb3 = agents("sb3")
@@ -45,15 +52,16 @@ def pretrain(
         from mmenvs.embeddings import pretraining
 
         name = sb3.resolve_device(device)
-        settings = pretraining.PretrainSettings(
-            modalities=tuple(parse_list(modalities)),
-            loss=loss,
-            steps=parse_steps(steps),
-            batch=batch,
-            difficulties=tuple(parse_difficulty(level) for level in parse_list(difficulties)),
-            seed=seed,
-            precision=sb3.default_precision(name),
-        )
+        given: dict[str, Any] = {"loss": loss, "batch": batch, "seed": seed}
+        given["modalities"] = None if modalities is None else tuple(parse_list(modalities))
+        given["steps"] = None if steps is None else parse_steps(steps)
+        if difficulties is not None:
+            given["difficulties"] = tuple(parse_difficulty(level) for level in parse_list(difficulties))
+        given = {key: value for key, value in given.items() if value is not None}
+        if resume:
+            settings = replace(pretraining.read_settings(out)[0], **given)
+        else:
+            settings = pretraining.PretrainSettings(**given, precision=sb3.default_precision(name))
         if out.exists() and not out.is_dir():
             raise ValueError(f"out must be a folder, {str(out)!r} is a file")
 
@@ -72,7 +80,7 @@ def pretrain(
         except KeyboardInterrupt:
             typer.echo("stopped early; --resume goes on")
             raise typer.Exit(130) from None
-    typer.echo(f"saved: {out / 'joint.safetensors'}")
+    typer.echo(f"saved: {out}; wherever 'shapes' stands, 'joint:{out}' may")
 
 
 @app.command()

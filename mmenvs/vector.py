@@ -18,8 +18,16 @@ from mmenvs.tasks.base import Rows, Task, integer_in, one_of
 
 Observation = dict[str, Any]
 Info = dict[str, Any]
-# References to a buffer that only its pool holds: the list, the loop variable, getrefcount's argument.
-_UNUSED = 3
+
+
+def _references(pool: list[npt.NDArray[Any]]) -> int:
+    for buffer in pool:
+        return sys.getrefcount(buffer)
+    return 0
+
+
+# References to a buffer that only its pool holds; how many those are depends on the version of Python.
+_UNUSED = _references([np.zeros(1)])
 
 
 class _Buffers:
@@ -102,6 +110,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.ones(num_envs, np.bool_)
         self._last: dict[str, npt.NDArray[Any]] | None = None
+        # Fixed observations of the running episodes, as what was handed out may be written into.
+        self._kept: dict[str, npt.NDArray[Any]] = {}
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -159,6 +169,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
                 f"rows {np.flatnonzero(waiting).tolist()} have ended: call reset(options={{'reset_mask': mask}})"
             )
         rows = np.flatnonzero(~waiting) if waiting.any() else self._all
+        self._check_range(actions, rows)
         again = np.flatnonzero(waiting)
         rewards = np.zeros(self.num_envs, np.float64)
         terminated = np.zeros(self.num_envs, np.bool_)
@@ -226,10 +237,16 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
                 f"actions must be {self.num_envs} integers from 0 to {n - 1}, "
                 f"got shape {array.shape} and dtype {array.dtype}"
             )
-        if array.min() < 0 or array.max() >= n:
-            row = int(np.flatnonzero((array < 0) | (array >= n))[0])
-            raise gym.error.InvalidAction(f"actions must be from 0 to {n - 1}, got {array[row]} in row {row}")
         return array.astype(np.int64, copy=False)
+
+    def _check_range(self, actions: npt.NDArray[np.int64], rows: Rows) -> None:
+        """Rows that only reset ignore their action, as in Gymnasium's vector environments."""
+        n, acting = int(self.task.action_space.n), actions[rows]
+        if acting.size and (acting.min() < 0 or acting.max() >= n):
+            row = rows[np.flatnonzero((acting < 0) | (acting >= n))[0]]
+            raise gym.error.InvalidAction(
+                f"actions must be from 0 to {n - 1}, got {actions[row]} in row {row}"
+            )
 
     def _begin(self, rows: Rows) -> None:
         self.task.start(rows, self._seeds, self._episodes)
@@ -243,12 +260,16 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         everything = changed.size == self.num_envs
         if last is None or everything:
             self.task.observe(self._all if everything else changed, out)
+            self._kept = {}
             return out
         fixed = {key: value for key, value in out.items() if key in self.task.fixed}
-        for key, value in fixed.items():
-            np.copyto(value, last[key])
+        if not self._kept:
+            self._kept = {key: np.empty_like(value) for key, value in fixed.items()}
+            changed = self._all
         if changed.size:
-            self.task.observe(changed, fixed)
+            self.task.observe(changed, self._kept)
+        for key, value in fixed.items():
+            np.copyto(value, self._kept[key])
         self.task.observe(self._all, {key: value for key, value in out.items() if key not in fixed})
         return out
 
@@ -269,7 +290,11 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
 
     def _final(self, rows: Rows) -> Info:
         """``final_obs`` and ``final_info`` of the rows that ended, in the form Gymnasium gives them."""
-        last = self._last or {}
+        last = dict(self._last or {})
+        for key, value in self._kept.items():
+            # What is kept is written anew in this step.
+            last[key] = np.empty_like(value)
+            last[key][rows] = value[rows]
         out = {key: value if key in self.task.fixed else np.empty_like(value) for key, value in last.items()}
         self.task.observe(rows, {key: value for key, value in out.items() if key not in self.task.fixed})
         parts = self._strings(out)

@@ -148,7 +148,7 @@ class EmbedObservation(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordCo
             raw = observation[name]
             last = self._last.get(name)
             if last is None or not np.array_equal(last[0], raw):
-                last = self._last[name] = (raw, self.encoder.encode(name, raw[None]))
+                last = self._last[name] = (raw.copy(), self.encoder.encode(name, raw[None]))
             encoded[name] = last[1]
         joined = self.encoder.join(encoded)
         return {k: v[0].copy() for k, v in joined.items()} if isinstance(joined, dict) else joined[0]
@@ -288,8 +288,8 @@ def _room(task: Task) -> dict[str, Array]:
 def pool_names(task: Task) -> dict[str, str]:
     """For each observation that is fixed in an episode, the name of the task's pool in a cache.
 
-    It holds all that an item depends on beside its index, and a hash of item 0, in case the code that draws
-    the items has changed.
+    It holds what an item depends on beside its index, and a hash of all that is seen of item 0, in case the
+    code that draws the items has changed or an argument of the task shows in no space.
     """
     twin = copy.deepcopy(task)
     twin.pool_index[0] = 0
@@ -297,8 +297,7 @@ def pool_names(task: Task) -> dict[str, str]:
     twin.start_pool(row)
     out = _room(task)
     twin.observe(row, out)
+    seen = "".join(hash_rows(value[:1]).tobytes().hex() for value in out.values())
     kind = f"{type(task).__module__}:{type(task).__qualname__} {task.split} {task.difficulty}"
-    return {
-        key: f"{kind} {key} {task.observation_space[key]} {hash_rows(value[:1]).tobytes().hex()}"
-        for key, value in out.items()
-    }
+    # The spaces of all observations: one of them may tell what another depends on too, such as how many pictures.
+    return {key: f"{kind} {task.observation_space} {task.action_space} {seen} {key}" for key in out}

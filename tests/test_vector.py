@@ -212,3 +212,46 @@ def test_render_shows_every_row(id):
     pictures = envs.render()
     assert len(pictures) == 2
     assert all(p.dtype == np.uint8 and p.ndim == 3 and p.std() > 0 for p in pictures)
+
+
+def test_what_is_handed_out_may_be_written_into():
+    envs, twin = (gym.make_vec("MMRL/Captioning-v0", num_envs=3) for _ in range(2))
+    envs.reset(seed=0)
+    twin.reset(seed=0)
+    for _ in range(40):
+        actions = twin.oracle_actions()
+        first, second = envs.step(actions), twin.step(actions)
+        for name in ("image", "caption"):
+            assert np.array_equal(first[0][name], second[0][name])
+        if "final_obs" in first[4]:
+            for row in np.flatnonzero(first[4]["_final_obs"]):
+                assert np.array_equal(
+                    first[4]["final_obs"][row]["image"], second[4]["final_obs"][row]["image"]
+                )
+        first[0]["image"][:] = 7
+
+
+def test_rows_that_only_reset_ignore_their_action():
+    envs = gym.make_vec("MMRL/VQA-v0", num_envs=2, autoreset_mode="NextStep")
+    envs.reset(seed=0)
+    envs.step(np.zeros(2, np.int64))
+    _, rewards, *_ = envs.step(np.array([99, 99]))
+    assert (rewards == 0).all()
+
+
+def test_a_reward_function_that_fails_leaves_the_environment_working():
+    failing = [True]
+
+    def reward(*_, **__):
+        if failing[0]:
+            raise RuntimeError("no score today")
+        return np.ones(2)
+
+    envs = gym.make_vec("MMRL/Captioning-v0", num_envs=2, reward=reward)
+    envs.reset(seed=0)
+    end = np.full(2, 3)
+    for _ in range(30):
+        with pytest.raises(RuntimeError, match="no score today"):
+            envs.step(end)
+    failing[0] = False
+    assert envs.step(end)[2].all()

@@ -23,7 +23,7 @@ from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation, perturb
 from mmenvs.registry import SPECS, task_class
 from mmenvs.text import PAD, START, UNKNOWN
-from mmenvs.wrappers import EmbedObservation, Encoder, VectorEmbedObservation, embed_pool
+from mmenvs.wrappers import EmbedObservation, Encoder, VectorEmbedObservation, embed_pool, pool_names
 from tests.test_env import same
 
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
@@ -684,3 +684,33 @@ def test_evaluation_under_perturbation():
     )
     assert before > 0 and agent.seen == 0
     assert clean.returns.tolist() == dropped.returns.tolist()  # the same episodes
+
+
+def test_pools_of_different_tasks_have_different_names():
+    names = [
+        frozenset(pool_names(gym.make_vec(MATCHING, num_envs=2, pool_size=4, **kwargs).task).values())
+        for kwargs in ({}, {"candidates": 3}, {"seconds": 0.5}, {"difficulty": 1}, {"split": "val"})
+    ]
+    assert len(frozenset().union(*names)) == sum(map(len, names))
+
+
+def test_an_environment_that_reuses_its_buffer_is_embedded_anew():
+    class Counter(gym.Env):
+        observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)})
+        action_space = gym.spaces.Discrete(2)
+        buffer = np.zeros(4, np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            return {"x": self.buffer}, {}
+
+        def step(self, action):
+            self.buffer += 1
+            return {"x": self.buffer}, 0.0, False, False, {}
+
+    class Pass(torch.nn.Module):
+        def forward(self, x):
+            return x.unsqueeze(1)
+
+    env = EmbedObservation(Counter(), {"x": Pass()})
+    assert (env.reset()[0] == 0).all()
+    assert (env.step(0)[0] == 1).all()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from mmenvs.checks import one_of
 from mmenvs.embeddings.extractor import Extractor, Precision
+from mmenvs.embeddings.joint import PREFIX, named_joint
 from mmenvs.embeddings.text import text_mask
 from mmenvs.spaces import Modality, modality_of
 
@@ -88,7 +91,8 @@ class Embedding(nn.Module):
             space = cast(spaces.Box, observation_space[name])
             # Unbounded vectors have no lower end.
             low = np.nan_to_num(space.low, neginf=0.0).astype(space.dtype)
-            encoded = self.encode({name: torch.as_tensor(low).unsqueeze(0)})[name]
+            device = next((p.device for p in encoders[name].parameters()), torch.device("cpu"))
+            encoded = self.encode({name: torch.as_tensor(low, device=device).unsqueeze(0)})[name]
             self.dims[name] = (encoded.shape[1], encoded.shape[2])
         self.features_dim = sum(length * d for length, d in self.dims.values())
         self.fingerprints = {name: self._fingerprint(name) for name in encoders}
@@ -175,16 +179,30 @@ class Embedding(nn.Module):
 _NOT_SETTINGS = ("training", "name_or_path")
 
 
+@lru_cache(maxsize=1024)
+def _code(kind: Any) -> tuple[str, str]:
+    """Name and source of a class; a class without a file has its name only."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        source = ""
+    return f"{kind.__module__}.{kind.__qualname__}", source
+
+
 def _hash_module(digest: hashlib._Hash, root: nn.Module) -> None:
     """Classes, settings and weights of a module and of all inside it."""
     for path, module in root.named_modules():
         settings = sorted(
             (key, value)
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | tuple) and key not in _NOT_SETTINGS
+            if isinstance(value, bool | int | float | str | tuple | dict)
+            and key not in _NOT_SETTINGS
+            and not key.startswith("_")
         )
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        digest.update(repr((path, kind, module.extra_repr(), settings)).encode())
+        digest.update(repr((path, _code(cast(Any, type(module))), module.extra_repr(), settings)).encode())
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, np.ndarray):
+                digest.update(repr((key, value.shape, str(value.dtype))).encode() + value.tobytes())
         # Modules in a list are kept out of the weights on purpose, but they compute all the same.
         for value in vars(module).values():
             for hidden in value if isinstance(value, list) else ():
@@ -223,7 +241,8 @@ def load_embedding(
     """A frozen embedding of an environment's observations.
 
     Args:
-        embedding: ``"shapes"``, the joint embedding that ships with the package; an extractor, whose encoders
+        embedding: ``"shapes"``, the joint embedding that ships with the package; ``"joint:PATH"``, one that
+            ``mmenvs pretrain`` left there; an extractor, whose encoders
             are copied and whose fusion is left out; or a module for each name of the observation, copied, that
             maps prepared observations to ``(B, T, d)``. An :class:`Embedding` is given back as it is.
         observation_space: of the single environment, a flat ``Dict`` of ``Box``.
@@ -256,8 +275,9 @@ def load_embedding(
         return embedding
     names = tuple(observation_space.spaces)
     if isinstance(embedding, str):
-        one_of("embedding", embedding, NAMES)
-        return _shapes(observation_space, output, precision)
+        if not embedding.startswith(PREFIX):
+            one_of("embedding", embedding, NAMES)
+        return _joint(embedding, observation_space, output, precision)
     if isinstance(embedding, Extractor):
         encoders: Any = embedding.encoders
         modalities, precision = dict(embedding.modalities), embedding.precision
@@ -275,12 +295,11 @@ def load_embedding(
     return Embedding(observation_space, owned, modalities, output, precision)
 
 
-def _shapes(observation_space: spaces.Dict, output: Output, precision: Precision) -> Embedding:
-    from mmenvs.embeddings.joint import load_shapes
+def _joint(name: str, observation_space: spaces.Dict, output: Output, precision: Precision) -> Embedding:
     from mmenvs.world.words import VOCABULARY
 
     modalities = {name: modality_of(part) for name, part in observation_space.items()}
-    joint = copy.deepcopy(load_shapes())
+    joint = copy.deepcopy(named_joint(name))
     encoders: dict[str, nn.Module] = {}
     for name, modality in modalities.items():
         space = cast(spaces.Box, observation_space[name])

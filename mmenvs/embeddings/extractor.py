@@ -14,7 +14,7 @@ from mmenvs.checks import integer_in
 from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.fusion import FUSIONS, Fusion, Tokens
 from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
-from mmenvs.embeddings.joint import ShapesEncoder
+from mmenvs.embeddings.joint import PREFIX, ShapesEncoder
 from mmenvs.embeddings.pretrained import Output, Pretrained, Train
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
 from mmenvs.embeddings.video import FrameEncoder, ViTFrameEncoder
@@ -302,6 +302,22 @@ class Extractor(nn.Module):
         return tokens.shape[1]
 
 
+def encoders_named(encoder: str, observation_space: spaces.Dict) -> dict[str, str]:
+    """``encoder`` for each observation whose modality has it; the others take their default.
+
+    Raises:
+        ValueError: if no modality of the observations has it, with those that one has.
+    """
+    modalities = {name: modality_of(part) for name, part in observation_space.items()}
+    if encoder.startswith(PREFIX):
+        return {name: encoder for name, modality in modalities.items() if "shapes" in ENCODERS[modality]}
+    chosen = {name: encoder for name, modality in modalities.items() if encoder in ENCODERS[modality]}
+    if not chosen:
+        allowed = dict.fromkeys(each for modality in modalities.values() for each in ENCODERS[modality])
+        raise ValueError(f"encoder must be one of {', '.join(allowed)} or joint:DIR, got {encoder!r}")
+    return chosen
+
+
 def _known_names(argument: str, given: Iterable[str], known: Iterable[str]) -> None:
     if isinstance(given, str):
         raise TypeError(f"{argument} must be a sequence of names, got {given!r}")
@@ -325,6 +341,8 @@ def _encoder(
         chosen = Pretrained(chosen.removeprefix(HUGGING_FACE))
     if isinstance(chosen, Pretrained):
         return chosen.build(space, width, modality)
+    if isinstance(chosen, str) and chosen.startswith(PREFIX):
+        return ShapesEncoder(space, width, chosen)
     if not isinstance(chosen, str):
         raise TypeError(f"encoders[{name!r}] must be a name, Pretrained or a torch module, got {chosen!r}")
     if chosen not in allowed:

@@ -6,6 +6,7 @@ the package.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -30,6 +31,8 @@ from mmenvs.spaces import SAMPLE_RATE
 from mmenvs.world.words import VOCABULARY
 
 FOLDER = Path(__file__).parent / "weights"
+FILE = "joint.safetensors"  # in the folder of a pretraining
+PREFIX = "joint:"
 SIZE = 64  # pixels a side that the image encoder sees; other pictures are brought to it
 LONGEST_TEXT = 72  # words; the longest caption of the world has 65
 LONGEST_SOUND = 2 * SAMPLE_RATE
@@ -160,8 +163,16 @@ def load_shapes() -> JointEmbedding:
     return load_joint(FOLDER / "shapes.safetensors")[0]
 
 
+def named_joint(name: str) -> JointEmbedding:
+    """The joint embedding of a name: ``"shapes"``, or ``"joint:PATH"`` with what ``mmenvs pretrain`` left there."""
+    if not name.startswith(PREFIX):
+        return load_shapes()
+    path = Path(name.removeprefix(PREFIX))
+    return load_joint(path / FILE if path.is_dir() else path)[0]
+
+
 class ShapesEncoder(nn.Module):
-    """``shapes`` as an encoder of the extractor: its frozen tokens, brought to ``width`` by a linear map that trains.
+    """A joint embedding as an encoder of the extractor: its frozen tokens, brought to ``width`` by a linear map that trains.
 
     A picture gives 16 tokens, a text one for each word, a sound one every 40 ms, each with the pooled vector
     added; a set of pictures or a film gives the pooled vector of each frame.
@@ -169,22 +180,23 @@ class ShapesEncoder(nn.Module):
     Args:
         space: image, images, text or audio space. Texts must be of the world's vocabulary.
         width: size of a token.
+        name: see :func:`named_joint`.
     """
 
-    def __init__(self, space: spaces.Box, width: int) -> None:
+    def __init__(self, space: spaces.Box, width: int, name: str = "shapes") -> None:
         super().__init__()
         self.modality = modalities.modality_of(space)
         if self.modality == "text" and int(np.max(space.high)) + 1 != len(VOCABULARY):
             raise ValueError(
-                f"'shapes' knows the world's {len(VOCABULARY)} words only, this text has "
+                f"{name!r} knows the world's {len(VOCABULARY)} words only, this text has "
                 f"{int(np.max(space.high)) + 1}; use another encoder for it"
             )
         integer_in("width", width, 1, 2**16)
-        shapes = load_shapes().config
+        joint = named_joint(name)
         # Not a child: its weights are neither trained nor saved with the agent's.
-        self._frozen = [load_shapes()]
-        self.pooled = nn.Linear(shapes.dim, width)
-        self.tokens = None if self.modality == "images" else nn.Linear(shapes.width, width)
+        self._frozen = [joint]
+        self.pooled = nn.Linear(joint.config.dim, width)
+        self.tokens = None if self.modality == "images" else nn.Linear(joint.config.width, width)
         self.frames = (
             nn.Parameter(torch.randn(space.shape[0], width) * 0.2) if self.modality == "images" else None
         )
@@ -193,7 +205,8 @@ class ShapesEncoder(nn.Module):
         """Pooled vector and tokens of ``shapes``, without gradients."""
         shapes = self._frozen[0]
         if next(shapes.parameters()).device != x.device:
-            shapes = shapes.to(x.device)
+            # A copy: others share the one on the CPU.
+            self._frozen[0] = shapes = copy.deepcopy(shapes).to(x.device)
         encode = {
             "image": shapes.encode_image,
             "images": shapes.encode_film,

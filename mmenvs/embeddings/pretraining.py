@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ import mmenvs
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.fusion import Concat
-from mmenvs.embeddings.joint import JointConfig, JointEmbedding, save_joint
+from mmenvs.embeddings.joint import FILE, JointConfig, JointEmbedding, save_joint
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.files import replacing
 from mmenvs.world import questions
@@ -30,6 +31,7 @@ from mmenvs.world.words import VOCABULARY
 
 MODALITIES = ("image", "text", "audio")
 LOSSES = ("infonce", "sigmoid")
+STATE = "training.safetensors"
 _IMAGE_TOKENS = 16
 
 
@@ -249,37 +251,34 @@ class Pretraining:
     def save(self, folder: Path) -> None:
         """Write ``joint.safetensors`` and all that goes on from here (``training.safetensors``, ``training.json``)."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_joint(self.model, folder / "joint.safetensors", self.card())
+        save_joint(self.model, folder / FILE, self.card())
         tensors = {f"trained.{k}": v.contiguous() for k, v in self.trained.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"state.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         # The step stands in the same file as the weights, so that a kill between two files can't part them.
         metadata = {"done": str(self.done), "settings": json.dumps(asdict(self.settings))}
-        with replacing(folder / "training.safetensors") as file:
+        with replacing(folder / STATE) as file:
             file.write_bytes(serialise(tensors, metadata))
 
     def resume(self, folder: Path) -> None:
         """Go on from :meth:`save`.
 
+        More ``steps`` than it was begun with stretch the schedule from here on.
+
         Raises:
             FileNotFoundError: if nothing was saved there.
-            ValueError: if it was run with other settings.
+            ValueError: if it was run with other settings, or has these steps behind it.
         """
-        from safetensors import safe_open
-
-        path = folder / "training.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"no pretraining to resume at {str(path)!r}")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        mine = json.loads(json.dumps(asdict(self.settings)))
-        saved = json.loads(metadata["settings"])
-        different = {k: saved.get(k) for k in mine if saved.get(k) != mine[k]}
-        if different:
-            raise ValueError(
-                f"the run in {str(folder)!r} had {different}, asked is { ({k: mine[k] for k in different}) }"
-            )
-        tensors = load_file(path, self.device)
+        settings, done = read_settings(folder)
+        mine, saved = asdict(self.settings), asdict(settings)
+        for name in mine:
+            if mine[name] != saved[name] and name not in ("steps", "precision"):
+                raise ValueError(
+                    f"{name} of the run in {str(folder)!r} is {saved[name]!r}, not {mine[name]!r}"
+                )
+        if self.settings.steps <= done:
+            raise ValueError(f"steps must be over the {done} already done, got {self.settings.steps}")
+        tensors = load_file(folder / STATE, self.device)
         self.trained.load_state_dict(
             {k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")}
         )
@@ -291,7 +290,7 @@ class Pretraining:
                 state.setdefault(int(index), {})[name] = int(value) if name == "steps" else value
         document["state"] = state
         self.optimizer.load_state_dict(document)
-        self.done = int(metadata["done"])
+        self.done = done
         for level, scenes in enumerate(self.scenes):
             rounds = len(range(level, self.done, len(self.scenes)))
             scenes.drawn = rounds * self.settings.batch
@@ -305,6 +304,26 @@ class Pretraining:
             "steps": self.done,
             "versions": {"mmenvs": mmenvs.__version__, "torch": torch.__version__},
         }
+
+
+def read_settings(folder: Path) -> tuple[PretrainSettings, int]:
+    """The settings of the run that was saved in ``folder``, and how many steps it had done.
+
+    Raises:
+        FileNotFoundError: if nothing was saved there.
+        ValueError: if the file is damaged.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"no pretraining to resume in {str(folder)!r}: there is no {STATE}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        saved = json.loads(metadata["settings"])
+        lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+        return PretrainSettings(**{**saved, **lists}), int(metadata["done"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def pretrain(
@@ -331,7 +350,7 @@ def pretrain(
     run = Pretraining(settings, device)
     if resume:
         run.resume(out)
-    elif (out / "training.safetensors").exists():
+    elif (out / STATE).exists():
         raise ValueError(
             f"out={str(out)!r} holds a pretraining: go on with --resume, or choose another folder"
         )
@@ -340,9 +359,12 @@ def pretrain(
     logs: list[dict[str, float]] = []
     begin = time.perf_counter()
     first = run.done
+    whole = True
     try:
         while run.done < settings.steps:
+            whole = False
             logs.append(run.step())
+            whole = True
             if run.done % 50 == 0 or run.done == settings.steps:
                 means = {k: float(np.mean([log[k] for log in logs])) for k in logs[0]}
                 means["scenes_per_second"] = (
@@ -356,6 +378,8 @@ def pretrain(
             if run.done % save_steps == 0:
                 run.save(out)
     finally:
-        run.save(out)
+        # Within an update there is nothing fit to be saved; the last save stands.
+        if whole:
+            run.save(out)
         writer.close()
     return run.model.eval().requires_grad_(False)

@@ -196,7 +196,14 @@ class Captioning(Task):
         self.ended[rows] = ended
         gains = np.zeros(rows.size)
         if ended.any():
-            gains[ended] = self._score(rows[ended])
+            try:
+                gains[ended] = self._score(rows[ended])
+            except Exception:
+                # A reward function of the user's failed: nothing has happened, so that the environment goes on.
+                self.captions[rows, self.lengths[rows]] = PAD
+                self.lengths[rows] -= 1
+                self.ended[rows] = False
+                raise
         return gains, ended
 
     def _score(self, rows: Rows) -> npt.NDArray[np.float64]:
