@@ -339,10 +339,17 @@ def load(
         raise FileNotFoundError(
             f"no agent in {str(folder)!r}: there is no settings.json; 'mmenvs train' writes one"
         )
+    problem = f"cannot load the agent in {str(folder)!r}: "
     try:
         document = json.loads((path / "settings.json").read_text())
-        if document["format"] != FORMAT:
-            raise ValueError(f"format {document['format']} is not {FORMAT}")
+        found = document["format"]
+    except KeyError as error:
+        raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+    if found != FORMAT:
+        raise ValueError(f"{problem}settings.json has format {found!r}, this version reads format {FORMAT}")
+    try:
         settings = dict(document["settings"])
         steps = int(document["steps"])
         recipe = dict(settings.pop("recipe"))
@@ -355,21 +362,33 @@ def load(
             name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
             for name, encoder in settings["encoders"].items()
         }
+    except KeyError as error:
+        raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+    try:
         agent = make_agent(**settings, device=device, **recipe, **arguments)
-        for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{str(path / name)!r} is missing")
-        weights = load_file(path / f"weights_{steps}.safetensors", str(agent.device))
-        firsts = _first_names(agent.policy.state_dict())
-        agent.policy.load_state_dict({name: weights[first] for name, first in firsts.items()})
-        agent.policy.optimizer.load_state_dict(
-            torch.load(path / f"optimizer_{steps}.pt", map_location=agent.device, weights_only=True)
-        )
     except (FileNotFoundError, NameNotFound, ImportError):
         raise
     except Exception as error:
+        raise ValueError(f"{problem}its settings can't be used: {error}") from error
+    for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{str(path / name)!r} is missing")
+    try:
+        weights = load_file(path / f"weights_{steps}.safetensors", str(agent.device))
+        state = torch.load(path / f"optimizer_{steps}.pt", map_location=agent.device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{problem}the file of its weights or of its optimiser is damaged") from error
+    try:
+        firsts = _first_names(agent.policy.state_dict())
+        if weights.keys() - set(firsts.values()):
+            raise ValueError("there are weights that it lacks")
+        agent.policy.load_state_dict({name: weights[first] for name, first in firsts.items()})
+        agent.policy.optimizer.load_state_dict(state)
+    except Exception as error:
         raise ValueError(
-            f"cannot load the agent in {str(folder)!r}: {type(error).__name__}: {error}"
+            f"{problem}the weights in weights_{steps}.safetensors don't fit the agent of settings.json"
         ) from error
     agent.num_timesteps = steps
     # A resumed run must not see the episodes of its beginning again.

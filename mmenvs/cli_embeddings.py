@@ -100,10 +100,14 @@ def embed(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from mmenvs.embeddings import EmbeddingCache
-    from mmenvs.wrappers import Encoder, embed_pool
+    from mmenvs.embeddings.embedding import NAMES
+    from mmenvs.embeddings.joint import PREFIX
+    from mmenvs.wrappers import Encoder, embed_pool, pool_bytes
 
     with user_errors():
         level = parse_difficulty(difficulty)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out must be a folder, {str(out)!r} is a file")
         task = task_class(id)(
             256,
             split=split,
@@ -114,13 +118,19 @@ def embed(
         chosen: Any = embedding
         if Path(embedding).is_dir():
             chosen = load_agent(Path(embedding), device, None)[0].policy.features_extractor.extractor
+        elif embedding not in NAMES and not embedding.startswith(PREFIX):
+            raise ValueError(
+                f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "
+                f"there is no folder {embedding!r}"
+            )
         cache = EmbeddingCache(out, budget_mb)
         encoder = Encoder(chosen, task.observation_space, output, device, cache)  # type: ignore[arg-type]
         columns = ("scenes", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
+            steps = embed_pool(task, encoder)
             with Progress(*columns, refresh_per_second=2) as bar:
                 line = bar.add_task("", total=pool_size)
-                for done in embed_pool(task, encoder):
+                for done in steps:
                     bar.update(line, completed=done)
         except KeyboardInterrupt:
             typer.echo("stopped early; the same command goes on")
@@ -128,7 +138,7 @@ def embed(
         finally:
             cache.close()
     names = ", ".join(name for name in encoder.names if name in task.fixed)
-    typer.echo(f"{names} of {pool_size:,} scenes in {out}: {cache.nbytes / 2**20:.1f} MB")
+    typer.echo(f"{names} of {pool_size:,} scenes in {out}: {pool_bytes(task, encoder) / 2**20:.1f} MB")
 
 
 @app.command()
@@ -155,22 +165,26 @@ def compare(
 
     with user_errors():
         axes = {
-            "difficulty": tuple(parse_difficulty(level) for level in parse_list(difficulty)),
+            "difficulty": tuple(parse_difficulty(level) for level in _parts("difficulty", difficulty)),
             "image_size": _numbers("image-size", image_size, int),
             "seconds": _numbers("seconds", seconds, float),
         }
         grid = comparison.Grid(
-            envs=tuple(parse_list(envs)),
-            embeddings=tuple(parse_list(embeddings)),
-            agents=tuple(parse_list(algorithms)),
+            envs=_parts("envs", envs),
+            embeddings=_parts("embeddings", embeddings),
+            agents=_parts("agents", algorithms),
             seeds=seeds,
-            steps=tuple(parse_steps(part) for part in parse_list(steps)),
+            steps=tuple(parse_steps(part) for part in _parts("steps", steps)),
             env_axes={name: values for name, values in axes.items() if values},
             features_dim=_numbers("features-dim", features_dim, int),
             num_envs=num_envs,
             episodes=episodes,
         )
         pairs = [part.partition("=") for part in parse_list(budget)] if budget else []
+        names = [name for name, _, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"budget names {twice[0]} twice, got {budget!r}")
         limits = {name: _numbers(f"budget {name}", value, float)[0] for name, _, value in pairs if value}
         if len(limits) < len(pairs):
             raise ValueError(f"budget must be such as megabytes=20,milliseconds=2, got {budget!r}")
@@ -181,6 +195,13 @@ def compare(
             raise typer.Exit(130) from None
     typer.echo(f"written: {out / 'report.html'}, {out / 'report.md'}")
     typer.echo("no configuration has a score on every task" if advice is None else str(advice))
+
+
+def _parts(option: str, text: str) -> tuple[str, ...]:
+    try:
+        return tuple(parse_list(text))
+    except ValueError:
+        raise ValueError(f"--{option} must name at least one, got {text!r}") from None
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -101,11 +101,7 @@ class Encoder:
 
     def _forward(self, name: str, rows: Array) -> Encoded:
         x = torch.as_tensor(rows).to(self.device)
-        encoded = self.embedding.encode({name: x})[name].flatten(1).cpu().numpy()
-        if not np.isfinite(encoded).all():
-            bad = int(np.flatnonzero(~np.isfinite(encoded).all(1))[0])
-            raise ValueError(f"the encoder of {name!r} gave a number that isn't finite in row {bad}")
-        return encoded
+        return self.embedding.encode({name: x})[name].flatten(1).cpu().numpy()
 
 
 class EmbedObservation(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -137,6 +133,7 @@ class EmbedObservation(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordCo
             self, _disable_deepcopy=True, embedding=embedding, output=output, device=device, cache=cache
         )
         gym.ObservationWrapper.__init__(self, env)
+        _not_embedded(env, env.observation_space)
         self.encoder = Encoder(embedding, env.observation_space, output, device, cache)
         self.observation_space = self.encoder.space
         self._last: dict[str, tuple[Array, Encoded]] = {}
@@ -180,6 +177,7 @@ class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]
         cache: AnyCache = None,
     ) -> None:
         super().__init__(env)
+        _not_embedded(env, env.single_observation_space)
         self.encoder = Encoder(embedding, env.single_observation_space, output, device, cache)
         self.single_observation_space = self.encoder.space
         self.observation_space = batch_space(self.encoder.space, env.num_envs)
@@ -221,6 +219,14 @@ class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]
             infos = {**infos, "final_obs": self._rows_of(self.encoder.join(final), ended)}
         return self.encoder.join(self._encoded), rewards, terminated, truncated, infos
 
+    def oracle_actions(self) -> npt.NDArray[np.int64]:
+        """The best next action of every row, ``(num_envs,)`` int64, of the native environment."""
+        return self.unwrapped.oracle_actions()  # type: ignore[attr-defined]
+
+    def describe(self, row: int) -> dict[str, Any]:
+        """The episode of ``row`` in words, of the native environment."""
+        return self.unwrapped.describe(row)  # type: ignore[attr-defined]
+
     def _encode(self, name: str, raw: Array, rows: npt.NDArray[np.int64]) -> Encoded:
         keys = None
         if name in self._pools:
@@ -235,6 +241,22 @@ class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]
         return out
 
 
+def _not_embedded(env: Any, space: spaces.Space) -> None:
+    """Say so where observations are a vector because they are embedded; ``load_embedding`` refuses other ones."""
+    while not isinstance(space, spaces.Dict) and isinstance(env, gym.Wrapper | gym.vector.VectorWrapper):
+        if isinstance(env, EmbedObservation | VectorEmbedObservation):
+            raise TypeError(
+                "env must have raw observations: one that is embedded already can't be embedded again"
+            )
+        env = env.env
+
+
+def pool_bytes(task: Task, encoder: Encoder) -> int:
+    """Bytes that the embeddings of a task's whole pool take in a cache."""
+    dims = [dims for name, dims in encoder.embedding.dims.items() if name in task.fixed]
+    return (task.pool_size or 0) * sum(record_bytes(length * d) for length, d in dims)
+
+
 def embed_pool(task: Task, encoder: Encoder) -> Iterator[int]:
     """Bring the embeddings of a task's whole pool into the encoder's cache, ``num_envs`` items at a time.
 
@@ -244,30 +266,33 @@ def embed_pool(task: Task, encoder: Encoder) -> Iterator[int]:
         task: with ``pool_size``; its rows are used up.
         encoder: with a cache.
 
-    Yields:
-        How many items are done.
+    Returns:
+        How many items are done, step by step; the arguments are checked before the first.
 
     Raises:
         ValueError: if task or encoder lack pool or cache, or the cache's budget is too small.
     """
     if task.pool_size is None or encoder.cache is None:
         raise ValueError("embed_pool needs a task with pool_size and an encoder with a cache")
-    names = pool_names(task)
-    records = [
-        record_bytes(length * d) for name, (length, d) in encoder.embedding.dims.items() if name in names
-    ]
+    names, size = pool_names(task), pool_bytes(task, encoder)
     # Shards that are being written count as full.
-    needed = task.pool_size * sum(records) + len(records) * encoder.cache.shard_bytes
-    if needed > encoder.cache.budget:
+    if size + len(names) * encoder.cache.shard_bytes > encoder.cache.budget:
         raise ValueError(
             f"budget_mb={encoder.cache.budget // 2**20} is too small for the pool, which takes "
-            f"{task.pool_size * sum(records) / 2**20:.0f} MB and room to write"
+            f"{size / 2**20:.0f} MB and room to write"
         )
-    out = _room(task)
-    for first in range(0, task.pool_size, task.num_envs):
-        rows = np.arange(min(task.num_envs, task.pool_size - first))
+    sections = {name: encoder.section(name) for name in names}
+    return _embed_pool(task, encoder, names, sections)
+
+
+def _embed_pool(
+    task: Task, encoder: Encoder, names: Mapping[str, str], sections: Mapping[str, Section | None]
+) -> Iterator[int]:
+    """The work of :func:`embed_pool`, whose checks run when it is called."""
+    size, out = task.pool_size or 0, _room(task)
+    for first in range(0, size, task.num_envs):
+        rows = np.arange(min(task.num_envs, size - first))
         keys = {name: pool_keys(pool, first + rows) for name, pool in names.items()}
-        sections = {name: encoder.section(name) for name in names}
         if not all(
             section is None or section.lookup(keys[name])[1].all() for name, section in sections.items()
         ):

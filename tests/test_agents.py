@@ -155,8 +155,19 @@ def test_damaged_folders_are_named(tmp_path):
     file = next(tmp_path.glob("weights_*"))
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match="cannot load the agent in"):
+    with pytest.raises(ValueError, match=r"cannot load the agent in .* is damaged$"):
         load(tmp_path, "cpu")
+    document = json.loads((tmp_path / "settings.json").read_text())
+    file.write_bytes(whole)
+    document["settings"]["fusion"] = "transformer"
+    (tmp_path / "settings.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"don't fit the agent of settings.json$"):
+        load(tmp_path, "cpu")
+    del document["settings"]["recipe"]
+    (tmp_path / "settings.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"settings.json is damaged: it lacks 'recipe'$"):
+        load(tmp_path, "cpu")
+    save(agent, tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="weights_0"):
         load(tmp_path, "cpu")

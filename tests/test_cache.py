@@ -81,6 +81,11 @@ def test_keys_are_xxh3_of_the_bytes(shape, dtype, seed):
             assert int.from_bytes(key.tobytes(), "big") == xxh3_128_intdigest(row.tobytes())
 
 
+def test_a_folder_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="must name a folder, got ''"):
+        EmbeddingCache("")
+
+
 def test_the_first_value_of_a_key_stays():
     section = EmbeddingCache().section(ONE, 2)
     keys = np.array([[1, 1], [1, 1], [2, 2]], np.uint64)

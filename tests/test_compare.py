@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import math
 import re
@@ -63,6 +64,17 @@ def synthetic(
     }  # fmt: skip
 
 
+def baseline(name, returns=(0, 1), id=VQA):
+    """The row of an agent that learns nothing."""
+    row = synthetic(returns=returns, id=id)
+    own = {"id": id, "env_kwargs": {"difficulty": 0}, "episodes": len(returns), "baseline": name}
+    return {key: row[key] for key in ("format", "bounds", "scores")} | {"run": own}
+
+
+def trained(rows):
+    return [row for row in rows if "baseline" not in row["run"]]
+
+
 def run(*arguments: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
@@ -73,7 +85,8 @@ def run(*arguments: object, code: int = 0) -> str:
 def short():
     """Costs are timed for an instant, and linear probes, slow on few rows, aren't fitted: both have their own tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmenvs.embeddings.cost._SECONDS", 0.01)
+        # The function of that name hides its module.
+        patch.setattr(importlib.import_module("mmenvs.embeddings.cost"), "_SECONDS", 0.01)
         patch.setattr("mmenvs.embeddings.probes.linear_probe", lambda *arguments: 0.5)
         yield
 
@@ -115,10 +128,10 @@ def test_grid_is_every_combination():
 @pytest.mark.parametrize(
     ("embedding", "id", "encoders"),
     [
-        ("cnn+concat", VQA, {"image": "cnn"}),
-        ("gru+transformer", VQA, {"question": "gru"}),
-        ("transformer+transformer", CAPTIONING, {"caption": "transformer"}),
-        ("gru+concat", MATCHING, {}),
+        ("cnn+concat", VQA, {"image": "cnn", "question": "bow"}),
+        ("gru+transformer", VQA, {"image": "cnn", "question": "gru"}),
+        ("transformer+transformer", CAPTIONING, {"image": "cnn", "caption": "transformer"}),
+        ("gru+concat", MATCHING, {"audio": "logmel_cnn", "images": "cnn"}),
     ],
 )
 def test_plan_makes_an_agent(embedding, id, encoders):
@@ -133,6 +146,21 @@ def test_plan_makes_an_agent(embedding, id, encoders):
     [
         ({"envs": ("MMRL/VQ-v0",)}, gym.error.NameNotFound, "did you mean MMRL/VQA-v0"),
         ({"envs": ()}, ValueError, "envs must name at least one"),
+        ({"envs": VQA}, TypeError, "envs must be a tuple of values, got 'MMRL/VQA-v0'"),
+        ({"envs": (1,)}, TypeError, "envs must hold str values, got 1"),
+        ({"embeddings": ()}, ValueError, "embeddings must name at least one"),
+        ({"embeddings": "cnn+concat"}, TypeError, "embeddings must be a tuple of values"),
+        ({"agents": "ppo"}, TypeError, "agents must be a tuple of values"),
+        ({"steps": 100}, TypeError, "steps must be a tuple of values, got 100"),
+        ({"features_dim": 64}, TypeError, "features_dim must be a tuple of values"),
+        ({"env_axes": {"difficulty": 0}}, TypeError, r"env_axes\['difficulty'\] must be a tuple of values"),
+        ({"env_axes": {"difficulty": ()}}, ValueError, "must name at least one"),
+        ({"env_axes": (0,)}, TypeError, "env_axes must be a mapping"),
+        (
+            {"embeddings": ("logmel_cnn+concat",)},
+            ValueError,
+            "the encoder in 'logmel_cnn.concat' fits no observation of MMRL/VQA-v0; theirs are cnn, vit, shapes, bow",
+        ),
         ({"embeddings": ("cnn",)}, ValueError, r"embedding must be '<encoder>\+<fusion>'"),
         (
             {"embeddings": ("cn+concat",)},
@@ -163,6 +191,9 @@ def test_grid_errors_come_before_any_run(change, error, message, tmp_path):
     ("arguments", "message"),
     [
         (["--budget", "megabytes"], "budget must be such as megabytes=20"),
+        (["--budget", "megabytes=2,megabytes=3"], "budget names megabytes twice"),
+        (["--envs", ""], "--envs must name at least one"),
+        (["--embeddings", ","], "--embeddings must name at least one"),
         (["--budget", "watts=20"], "budget must name some of megabytes"),
         (["--budget", "megabytes=-1"], "must be a number above 0"),
         (["--features-dim", "wide"], "features-dim must be numbers"),
@@ -183,7 +214,7 @@ def test_command_line_errors(arguments, message, tmp_path):
 
 def test_comparison_leaves_rows_with_all_criteria(compared):
     out, said = compared
-    rows = store.read(out)
+    rows = trained(store.read(out))
     assert said.count("cnn+concat, ppo, seed") == 2 and "4/4" in said
     assert len(rows) == 4 and not any("error" in row for row in rows)
     for row in rows:
@@ -209,7 +240,7 @@ def test_comparison_leaves_rows_with_all_criteria(compared):
         assert set(row["structure"]["modalities"]) == {"image", "question"}
         assert set(row["structure"]["use"]["image"]) == {"score", "dropped", "shuffled", "swapped"}
         assert row["provenance"]["versions"]["torch"] and row["provenance"]["device"].startswith("cpu")
-    assert rows[0]["plan"] == {"fusion": "concat", "encoders": {"image": "cnn"}}
+    assert rows[0]["plan"] == {"fusion": "concat", "encoders": {"image": "cnn", "question": "bow"}}
     assert "within 20 MB: " in said
 
 
@@ -217,7 +248,7 @@ def test_frozen_weights_count(tmp_path):
     """``shapes`` is no part of the extractor that trains, but whoever uses it has to hold it."""
     grid = Grid(envs=(VQA,), embeddings=("shapes+concat",), seeds=1, **TINY)
     compare(grid, tmp_path, device="cpu", say=str)
-    cost = store.read(tmp_path)[0]["cost"]
+    cost = trained(store.read(tmp_path))[0]["cost"]
     frozen = sum(x.numel() for x in load_shapes().parameters())
     assert frozen > 100_000 and cost["parameters"] == cost["trainable_parameters"] + frozen
     assert cost["megabytes"] == pytest.approx(4e-6 * cost["parameters"], rel=0.05)
@@ -227,7 +258,7 @@ def test_frozen_weights_count(tmp_path):
 def test_last_checkpoint_is_the_agent_itself(compared, tmp_path):
     """The scores belong to the trained weights, although other ones were loaded for the checkpoints."""
     out, _ = compared
-    row = store.read(out)[0]
+    row = trained(store.read(out))[0]
     agent = sb3.make_agent(
         "ppo", VQA, seed=0, device="cpu", num_envs=8, env_kwargs={"difficulty": 0}, **row["plan"]
     )
@@ -243,13 +274,13 @@ def test_same_command_does_only_what_is_missing(compared, tmp_path):
     out.mkdir()
     text = (compared[0] / "rows.jsonl").read_text()
     lines = text.splitlines(keepends=True)
-    (out / "rows.jsonl").write_text("".join(lines[:3]) + lines[3][:200])  # killed while writing the fourth
+    (out / "rows.jsonl").write_text("".join(lines[:6]) + lines[6][:200])  # killed while writing the fourth
     said: list[str] = []
     compare(GRID, out, device="cpu", say=said.append)
     assert "cut off while it was written (200 bytes)" in said[0] and "4 runs, 3 of them done" in said[1]
     again = (out / "rows.jsonl").read_text().splitlines(keepends=True)
-    assert again[:3] == lines[:3] and len(again) == 4
-    old, new = json.loads(lines[3]), json.loads(again[3])
+    assert again[:6] == lines[:6] and len(again) == 7
+    old, new = json.loads(lines[6]), json.loads(again[6])
     assert new["run"] == old["run"] and new["scores"] == old["scores"] and new["curve"] == old["curve"]
     said.clear()
     before = (out / "rows.jsonl").read_bytes()
@@ -258,7 +289,7 @@ def test_same_command_does_only_what_is_missing(compared, tmp_path):
 
 
 def test_failing_run_becomes_a_row_and_is_tried_again(tmp_path, monkeypatch):
-    def measure(run, plan, device, broken=True):
+    def measure(run, plan, device, tell, broken=True):
         if broken and plan["fusion"] == "concat":
             raise RuntimeError("out of\nmemory <b>")
         return {key: value for key, value in synthetic().items() if key not in ("run", "provenance")}
@@ -266,7 +297,7 @@ def test_failing_run_becomes_a_row_and_is_tried_again(tmp_path, monkeypatch):
     grid = Grid(envs=(VQA,), embeddings=("cnn+concat", "cnn+weighted_sum"), seeds=1, **TINY)
     monkeypatch.setattr("mmenvs.benchmark.compare.measure", measure)
     advice = compare(grid, tmp_path, device="cpu", say=str)
-    failed, fine = store.read(tmp_path)
+    failed, fine = trained(store.read(tmp_path))
     assert failed["error"] == "RuntimeError: out of memory <b>" and "Traceback" in failed["traceback"]
     assert (
         fine["scores"] and advice.embedding == "cnn+weighted_sum" and advice.incomplete == ("cnn + concat",)
@@ -276,12 +307,12 @@ def test_failing_run_becomes_a_row_and_is_tried_again(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("mmenvs.benchmark.compare.measure", partial(measure, broken=False))
     assert compare(grid, tmp_path, device="cpu", say=said.append).incomplete == ()
-    assert said[0] == "2 runs, 1 of them done before" and len(store.read(tmp_path)) == 3
+    assert said[0] == "2 runs, 1 of them done before" and len(trained(store.read(tmp_path))) == 3
     assert "Runs that failed" not in (tmp_path / "report.html").read_text()
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
-    def measure(run, plan, device):
+    def measure(run, plan, device, tell):
         if run["seed"] == 1:
             raise KeyboardInterrupt
         return {key: value for key, value in synthetic().items() if key not in ("run", "provenance")}
@@ -290,7 +321,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     given = ["--envs", VQA, "--embeddings", "cnn+concat", "--seeds", 3, "--out", tmp_path]
     said = run("compare", *given, code=130)
     assert "stopped early; the same command goes on" in said
-    assert len(store.read(tmp_path)) == 1 and (tmp_path / "report.html").exists()
+    assert len(trained(store.read(tmp_path))) == 1 and (tmp_path / "report.html").exists()
 
 
 def test_all_runs_failed(tmp_path, monkeypatch):
@@ -384,6 +415,11 @@ def test_full_disk_is_an_error():
         (json.dumps({**synthetic(), "perturbed": {"noise": 1}}), "perturbed must hold numbers, clean"),
         (json.dumps({**synthetic(), "cost": {"milliseconds": "1"}}), "cost must hold numbers"),
         (json.dumps({**synthetic(), "cost": []}), "line 2"),
+        (json.dumps({**synthetic(), "plan": {}}), "line 2"),
+        (json.dumps({**synthetic(), "plan": {"encoders": {"image": 1}}}), "plan must hold encoders"),
+        (json.dumps({**baseline("random"), "scores": {}}), "finite returns of the test split"),
+        (json.dumps({**baseline("random"), "run": {"baseline": "random"}}), "run of a baseline must hold id"),
+        (json.dumps({"format": 1, "run": baseline("random")["run"]}), "baseline lacks bounds, scores"),
         ("not json", "line 2"),
     ],
 )
@@ -425,15 +461,19 @@ def test_bootstrap_holds_the_value_and_repeats(tasks, statistic):
     assert min(min(run) for runs in tasks for run in runs) <= one.low + 1e-12
 
 
+def half(interval):
+    return (interval.high - interval.low) / 2
+
+
 def test_bootstrap_interval_is_as_wide_as_the_standard_error():
     generator = np.random.default_rng(0)
     episodes = generator.random(2000) < 0.7
     interval = stats.bootstrap([[episodes]])
-    assert interval.half == pytest.approx(1.96 * episodes.std() / np.sqrt(2000), rel=0.08)
+    assert half(interval) == pytest.approx(1.96 * episodes.std() / np.sqrt(2000), rel=0.08)
     # Runs that differ: their spread counts, not only that of the episodes.
     runs = [np.full(100, value) for value in generator.normal(0.5, 0.1, 50)]
     means = np.array([run.mean() for run in runs])
-    assert stats.bootstrap([runs]).half == pytest.approx(1.96 * means.std() / np.sqrt(50), rel=0.08)
+    assert half(stats.bootstrap([runs])) == pytest.approx(1.96 * means.std() / np.sqrt(50), rel=0.08)
 
 
 def test_bootstrap_is_stratified():
@@ -523,13 +563,114 @@ def scored(name, score, megabytes=1.0, milliseconds=1.0, **change):
 def test_recommendation_in_words():
     rows = [scored("shapes", 0.93, 12, 1.5), scored("clip", 0.97, 350, 9), scored("cnn", 0.6, 2, 1)]
     best = recommend(rows, {"megabytes": 20, "milliseconds": 2})
-    assert str(best) == "within 20 MB and 2 ms: shapes + concat, 0.93 ± 0.01"
+    assert str(best) == f"within 20 MB and 2 ms: shapes + concat, {best.score}"
+    assert re.fullmatch(r"0\.930 \[0\.9[12]\d, 0\.9[34]\d\]", str(best.score))
     assert best.within and best.embedding == "shapes+concat" and best.tied == ("shapes + concat",)
     assert [c.name.split()[0] for c in best.candidates] == ["clip", "shapes", "cnn"]
     assert recommend(rows).embedding == "clip+concat"
     none = recommend(rows, {"megabytes": 1})
     assert not none.within and none.embedding == "cnn+concat"
-    assert str(none) == "nothing is within 1 MB; the nearest is cnn + concat, 0.60 ± 0.02 (2 MB)"
+    assert str(none) == f"nothing is within 1 MB; the nearest is cnn + concat, {none.score} (2 MB)"
+
+
+def test_report_and_recommendation_print_the_same_interval(tmp_path):
+    rows = [synthetic(returns=(1, *[0] * 27))]
+    report.write(rows, tmp_path)
+    text = str(recommend(rows).score)
+    assert "[0.000, " in text and (tmp_path / "report.md").read_text().count(text) >= 3
+
+
+def test_none_better_than_a_baseline_is_said():
+    low, high = (0,) * 15 + (1,) * 5, (0,) * 2 + (1,) * 18
+    rows = [synthetic("a+concat", returns=low), baseline("random", low), baseline("oracle", (1,) * 20)]
+    best = recommend(rows)
+    assert best.unbeaten == "random" and str(best).endswith("; none is better than random")
+    assert recommend([*rows, synthetic("b+concat", returns=high)]).unbeaten is None
+    rows = [synthetic("a+concat", returns=high), baseline("random", low), baseline("most_frequent", high)]
+    assert str(recommend(rows)).endswith("; none is better than most frequent")
+    # Without the random score of every task the means can't be set beside each other.
+    assert recommend([*rows[:2], synthetic("a+concat", returns=low, id=MATCHING)]).unbeaten is None
+
+
+def test_cheap_but_random_is_not_taken_for_a_tie():
+    """Its interval overlaps that of the best, but that of random too."""
+    rows = [
+        synthetic("good+concat", returns=(1,) * 13 + (0,) * 7, cost={"milliseconds": 9.0}),
+        synthetic("cheap+concat", returns=(1,) * 9 + (0,) * 11),
+    ]
+    assert recommend(rows).embedding == "cheap+concat"
+    assert recommend([*rows, baseline("random", (1,) * 4 + (0,) * 16)]).embedding == "good+concat"
+
+
+def test_baselines_are_scored_once_and_shown(compared):
+    out, said = compared
+    rows = [row for row in store.read(out) if "baseline" in row["run"]]
+    assert [row["run"]["baseline"] for row in rows] == ["random", "most_frequent", "oracle"]
+    assert all(len(row["scores"]["test"]["returns"]) == 32 for row in rows)
+    assert rows[2]["scores"]["test"]["return"] == 1 and "oracle: 1.000" in said
+    text = (out / "report.md").read_text()
+    for table in ("Ranking", "Reward, episode length and stability"):
+        section = text[text.index(f"## {table}") :]
+        section = section[: section.index("\n## ")]
+        assert "| random |" in section and "| most frequent |" in section
+        assert "| oracle |" in section and "1.000 [1.000, 1.000]" in section
+
+
+def test_cost_of_one_slow_run_does_not_count():
+    rows = [synthetic(seed=seed, cost={"seconds": s}) for seed, s in enumerate((46.7, 2.1, 2.3))]
+    assert recommend(rows).chosen.cost["seconds"] == 2.3
+
+
+def test_encoder_that_a_task_lacks_is_marked(tmp_path):
+    rows = [synthetic("gru+concat"), synthetic("gru+concat", id=MATCHING)]
+    rows[0]["plan"] = {"encoders": {"image": "cnn", "question": "gru"}}
+    rows[1]["plan"] = {"encoders": {"audio": "logmel_cnn", "images": "cnn"}}
+    label = "gru + concat (default encoders on AudioVisualMatching-v0, difficulty 0)"
+    assert label in str(recommend(rows))
+    report.write(rows, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"| {label} |" in text and "audio: logmel_cnn, images: cnn" in text
+
+
+def test_first_run_is_not_slower_for_what_is_compiled(monkeypatch):
+    """A small agent of the same embedding and environment learns before the one that is timed."""
+    from mmenvs.benchmark import measure
+
+    class Stop(Exception):
+        pass
+
+    made = []
+
+    def make_agent(algo, id, **arguments):
+        made.append((algo, id, arguments))
+        if len(made) == 2:
+            raise Stop
+        return original(algo, id, **arguments)
+
+    def train(*arguments, **options):
+        learned.append(learn(*arguments, **options))
+        return learned[-1]
+
+    original, learn, learned = sb3.make_agent, sb3.train, []
+    monkeypatch.setattr(sb3, "make_agent", make_agent)
+    monkeypatch.setattr(sb3, "train", train)
+    one = GRID.runs()[0]
+    chosen = plan(one["embedding"], VQA)
+    with pytest.raises(Stop):
+        measure.measure(one, chosen, "cpu", str)
+    assert learned == [True] and made[0][2]["encoders"] == made[1][2]["encoders"] == chosen["encoders"]
+
+
+def test_progress_of_a_long_run_is_told(monkeypatch):
+    from mmenvs.benchmark import measure
+
+    monkeypatch.setattr(measure, "_SAY_EVERY", 0.0)
+    agent = sb3.make_agent("ppo", VQA, device="cpu", num_envs=8, n_steps=4, batch_size=32)
+    said: list[str] = []
+    measure.Recorder(agent, 64, said.append)
+    sb3.train(agent, 64, progress=False)
+    assert len(said) == 8 and re.fullmatch(r"8 of 64 steps, about \d+ s of training left", said[0])
+    assert said[-1].startswith("64 of 64 steps, about 0 s")
 
 
 def test_ties_go_to_the_cheaper_one():
@@ -602,6 +743,11 @@ def test_wrong_budget(budget, message):
         recommend([synthetic()], budget)
 
 
+def test_budget_that_is_no_mapping():
+    with pytest.raises(TypeError, match=r"budget must be a mapping such as .* got 3"):
+        recommend([synthetic()], budget=3)
+
+
 # The report ----------------------------------------------------------------------------------------------
 
 
@@ -624,21 +770,47 @@ def test_report_loads_nothing_and_repeats(compared):
     assert set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(ids)
 
 
+def shown_table(page, title):
+    """Heads, and of each line the exact value and the text of its cells."""
+    section = page[page.index(title) :]
+    section = section[: section.index("</section>")]
+    heads = [html.unescape(text) for text in re.findall(r"<button type=\"button\">(.*?)</button>", section)]
+    body = section[section.index("<tbody>") :]
+    return heads, [
+        re.findall(r"<t[dh][^>]*?(?:data-value=\"([^\"]*)\")?>(.*?)</t[dh]>", line)
+        for line in body.split("<tr>")[1:]
+    ]
+
+
+def test_structure_has_names_and_reasons(compared):
+    out, _ = compared
+    text = (out / "report.md").read_text()
+    section = text[text.index("## Structure") :]
+    section = section[: section.index("\n## ")]
+    for name in (
+        "image: effective rank",
+        "image: CKA with the scene's symbols",
+        "question: colour of the first object, k-NN probe",
+        "image: number of objects, most frequent value",
+        "image to question: right one among the first 5 of 32",
+        "return lost with image of another episode",
+    ):
+        assert f"| {name} |" in section
+    assert "| image: texture of any object | skipped: it is the same in all rows |" in section
+    assert "_" not in re.sub(r"weighted_sum", "", section) and "·" not in section
+    assert "| embedding | episodes | clean |" in text and "| cnn + concat | 16 |" in text
+
+
 def test_report_numbers_are_those_of_the_rows(compared):
     out, _ = compared
     summary = summarise(store.read(out))
     page = (out / "report.html").read_text()
-    section = page[page.index("The four criteria") :]
-    section = section[: section.index("</section>")]
-    heads = [html.unescape(text) for text in re.findall(r"<button type=\"button\">(.*?)</button>", section)]
-    body = section[section.index("<tbody>") :]
-    lines = [
-        re.findall(r"<t[dh][^>]*?(?:data-value=\"([^\"]*)\")?>(.*?)</t[dh]>", line)
-        for line in body.split("<tr>")[1:]
-    ]
-    assert len(lines) == len(summary.configurations) == 2
-    for line in lines:
-        shown = dict(zip(heads, line, strict=True))
+    heads, lines = shown_table(page, "Reward, episode length and stability")
+    cost_heads, costs = shown_table(page, "Computational efficiency")
+    assert len(lines) == 2 + 3 and len(costs) == len(summary.configurations) == 2
+    lines = lines[:2]
+    for line, cost in zip(lines, costs, strict=True):
+        shown = dict(zip(heads, line, strict=True)) | dict(zip(cost_heads, cost, strict=True))
         cell = summary.cells[summary.tasks[0], html.unescape(shown["embedding"][1])]
         rows = cell.rows
         returns = [row["scores"]["test"]["return"] for row in rows]

@@ -236,11 +236,38 @@ SPACE = spaces.Dict({"image": modalities.image(32), "text": modalities.text(WORD
         ({"visible": "image"}, TypeError, "sequence of names"),
         ({"precision": "int8"}, ValueError, "bfloat16"),
         ({"width": 30}, ValueError, "multiple of"),
+        ({"width": 0}, ValueError, "width must be from 1"),
+        ({"width": 2.5}, TypeError, "width must be an integer"),
+        ({"encoders": "cnn"}, TypeError, "dict from names of the observation .image, text. .*got 'cnn'"),
+        ({"encoders": ["cnn"]}, TypeError, "dict from names"),
     ],
 )
 def test_errors_name_what_is_allowed(arguments, error, words):
     with pytest.raises(error, match=words):
         Extractor(SPACE, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image": torch.zeros(3, 48, 48, 3)}, r"'image'. must be \(B, 32, 32, 3\), got \(3, 48, 48, 3\)"),
+        ({"image": torch.zeros(3, 3, 32, 32)}, r"'image'. must be \(B, 32, 32, 3\)"),
+        ({"image": torch.zeros(32, 32, 3)}, r"'image'. must be \(B, 32, 32, 3\)"),
+        ({"text": torch.zeros(3, LENGTH + 1).long()}, rf"'text'. must be \(B, {LENGTH}\)"),
+        ({"text": torch.zeros(2, LENGTH).long()}, "one batch size, got image 3, text 2"),
+        ({"text": torch.full((3, LENGTH), WORDS)}, f"word ids from 0 to {WORDS - 1}, got {WORDS} to {WORDS}"),
+        ({"text": torch.full((3, LENGTH), -1)}, "word ids from 0"),
+    ],
+)
+def test_batches_that_do_not_fit_the_space(changes, words):
+    extractor = Extractor(SPACE, width=32)
+    with pytest.raises(ValueError, match=words):
+        extractor({**batch(SPACE), **changes})
+
+
+def test_an_unknown_keyword_of_pretrained_ones():
+    with pytest.raises(TypeError, match=r"takes .*image, text, audio, video, .*width.*; got pic"):
+        Extractor.from_pretrained(SPACE, pic="a/b")
 
 
 def test_other_spaces_are_refused():

@@ -157,11 +157,27 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path) -> None:
         )
 
     done = run("--steps", "2", "--difficulties", "0")
-    assert done.exit_code == 0 and "joint.safetensors" in done.output
+    assert done.exit_code == 0 and "'joint:" in done.output
     assert load_joint(tmp_path / "run" / "joint.safetensors")[1]["steps"] == 2
     assert run("--steps", "2", "--difficulties", "0").exit_code == 2  # holds a run already
     assert run("--steps", "2", "--difficulties", "1", "--resume").exit_code == 2  # other settings
-    assert run("--steps", "2", "--difficulties", "0", "--resume").exit_code == 0
+    assert run("--steps", "2", "--resume").exit_code == 2  # done already
+    assert run("--steps", "3", "--resume").exit_code == 0
+    space = gym.make("MMRL/VQA-v0").observation_space
+    name = f"joint:{tmp_path / 'run'}"
+    assert load_embedding(name, space).features_dim == 256
+    assert Extractor(space, {"image": name}).features_dim == 256
+
+
+@pytest.mark.parametrize("kept", [0, 50, 0.5])
+def test_a_cut_off_state_is_named(tmp_path: Path, kept: float) -> None:
+    run = Pretraining(SMALL)
+    run.save(tmp_path)
+    file = tmp_path / "training.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * kept) if kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match=r"training.safetensors' is damaged"):
+        run.resume(tmp_path)
 
 
 def test_a_killed_save_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

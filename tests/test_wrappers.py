@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mmenvs.cli import app
-from mmenvs.embeddings import EmbeddingCache, Extractor, load_embedding
+from mmenvs.embeddings import EmbeddingCache, Extractor, cost, load_embedding, probe_report
 from mmenvs.embeddings import embedding as embedding_module
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation, perturb
@@ -322,12 +322,6 @@ def test_shapes(id, output):
         }
 
 
-def test_shapes_that_are_not_there(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mmenvs.embeddings.joint", None)
-    with pytest.raises(ImportError):
-        load_embedding("shapes", task_class(VQA)(1).observation_space)
-
-
 class Wrong(nn.Module):
     def __init__(self, value):
         super().__init__()
@@ -351,7 +345,7 @@ GOOD = {"image": nn.Flatten(2), "question": nn.Embedding(97, 4)}
         ),
         (lambda: load_embedding(3, SPACE), TypeError, "embedding must be 'shapes', an Extractor"),
         (lambda: load_embedding(GOOD, SPACE, "mean"), ValueError, "output must be one of 'pooled', 'tokens'"),
-        (lambda: load_embedding(GOOD, SPACE["image"]), TypeError, "must be a Dict space, got Box"),
+        (lambda: load_embedding(GOOD, SPACE["image"]), TypeError, "must be a Dict space of .*, got Box"),
         (
             lambda: load_embedding({"image": nn.Flatten(2)}, SPACE),
             ValueError,
@@ -394,7 +388,32 @@ GOOD = {"image": nn.Flatten(2), "question": nn.Embedding(97, 4)}
         ),
         (lambda: EmbedObservation(gym.make(VQA, text="string"), GOOD), ValueError, "text='ids'"),
         (lambda: EmbedObservation(gym.make(VQA), GOOD, device="tpu"), ValueError, "device must be 'auto'"),
+        (lambda: EmbedObservation(gym.make(VQA), GOOD, device=3), TypeError, "device must be 'auto'"),
         (lambda: EmbedObservation(gym.make(VQA), GOOD, cache=3), TypeError, "cache must be None"),
+        (lambda: EmbedObservation(gym.make(VQA), GOOD, cache=""), ValueError, "must name a folder, got ''"),
+        (lambda: EmbedObservation(gym.make("CartPole-v1"), GOOD), TypeError, "must be a Dict space of .*Box"),
+        (
+            lambda: EmbedObservation(gym.make(VQA), {**GOOD, "image": "shapes"}),
+            TypeError,
+            "'image'.* must be a torch module, got 'shapes'; .*'shapes' alone embeds all",
+        ),
+        (
+            lambda: load_embedding(extractor_of(VQA), task_class(VQA)(1, image_size=96).observation_space),
+            ValueError,
+            r"'image' of shape \(64, 64, 3\), these have \(96, 96, 3\)",
+        ),
+        (
+            lambda: load_embedding(
+                extractor_of(VQA),
+                spaces.Dict(
+                    {**SPACE.spaces, "question": spaces.Box(0, 9, SPACE["question"].shape, np.int64)}
+                ),
+            ),
+            ValueError,
+            "'question' of 97 words, these have 10",
+        ),
+        (lambda: probe_report("shapes", VQA), TypeError, "load_embedding.*got 'shapes'"),
+        (lambda: cost("shapes", SPACE), TypeError, "load_embedding.*got 'shapes'"),
         (
             lambda: EmbedObservation(EmbedObservation(gym.make(VQA), GOOD), GOOD),
             TypeError,
@@ -427,6 +446,36 @@ GOOD = {"image": nn.Flatten(2), "question": nn.Embedding(97, 4)}
 def test_errors(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def test_checks_of_a_pool_run_before_its_work():
+    task = task_class(VQA)(1, pool_size=10**6)
+    with pytest.raises(ValueError, match="budget_mb=100 is too small"):
+        embed_pool(task, Encoder("shapes", SPACE, cache=EmbeddingCache(budget_mb=100)))
+
+
+def test_an_extractor_whose_pictures_are_channels_first_embeds_the_environments():
+    turned = {**SPACE.spaces, "image": spaces.Box(0, 255, (3, 64, 64), np.uint8)}
+    torch.manual_seed(0)
+    embedding = load_embedding(Extractor(spaces.Dict(turned), width=16, features_dim=8), SPACE)
+    assert embedding.fingerprint == load_embedding(extractor_of(VQA), SPACE).fingerprint
+
+
+def test_sound_that_is_no_number_is_refused_with_its_row():
+    space = spaces.Dict({"audio": task_class(MATCHING)(1).observation_space["audio"]})
+    sound = torch.zeros(3, *space["audio"].shape)
+    sound[1, 5] = np.nan
+    for output in ("pooled", "tokens"):
+        with pytest.raises(ValueError, match="encoder of 'audio' gave a number that isn't finite in row 1"):
+            load_embedding("shapes", space, output).encode({"audio": sound})
+
+
+def test_oracle_and_description_come_from_the_native_environment():
+    envs, plain = vector(VQA, 3), gym.make_vec(VQA, num_envs=3)
+    envs.reset(seed=4)
+    plain.reset(seed=4)
+    np.testing.assert_array_equal(envs.oracle_actions(), plain.oracle_actions())
+    assert envs.describe(1) == plain.describe(1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -477,6 +526,7 @@ def test_embed_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "image, question of 600 scenes" in result.output
+    size = result.output.split()[-2]
     cache = EmbeddingCache(tmp_path / "cache")
     envs = vector(VQA, 32, "shapes", cache=cache, split="val", pool_size=600)
     seen = calls(envs.encoder)
@@ -491,6 +541,13 @@ def test_embed_command(tmp_path, monkeypatch):
     assert CliRunner().invoke(app, arguments).exit_code == 0 and not computed
     arguments[3] = "620"
     assert CliRunner().invoke(app, arguments).exit_code == 0 and computed == [20, 20]
+    # The size is of the pool that was asked for, not of all that lies in the folder.
+    arguments[3] = "600"
+    assert CliRunner().invoke(app, arguments).output.split()[-2] == size
+    arguments[3] = "300"
+    assert float(CliRunner().invoke(app, arguments).output.split()[-2]) == pytest.approx(
+        float(size) / 2, abs=0.1
+    )
 
 
 def test_embed_command_goes_on_after_a_stop(tmp_path, monkeypatch):
@@ -516,7 +573,11 @@ def test_embed_command_goes_on_after_a_stop(tmp_path, monkeypatch):
     [
         (["MMRL/VQ-v0", "--pool-size", "3"], "did you mean MMRL/VQA-v0"),
         ([VQA, "--pool-size", "0"], "pool_size must be from 1"),
-        ([VQA, "--pool-size", "3", "--embedding", "clop"], "embedding must be one of 'shapes'"),
+        (
+            [VQA, "--pool-size", "3", "--embedding", "clop"],
+            "embedding must be 'shapes', 'joint:DIR' or the folder of",
+        ),
+        ([VQA, "--pool-size", "3", "--embedding", "clop"], "there is no folder 'clop'"),
         ([VQA, "--pool-size", "3", "--image-size", "33"], "image_size must be even"),
         ([VQA, "--pool-size", "3", "--output", "mean"], "output must be one of"),
         ([VQA, "--pool-size", "10000000"], "budget_mb=2048 is too small"),
@@ -525,6 +586,13 @@ def test_embed_command_goes_on_after_a_stop(tmp_path, monkeypatch):
 def test_embed_command_names_what_is_wrong(arguments, says, tmp_path):
     result = CliRunner().invoke(app, ["embed", *arguments, "--out", str(tmp_path)])
     assert result.exit_code == 2 and says in result.output
+
+
+def test_embed_command_refuses_a_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "a").write_text("")
+    command = ["embed", VQA, "--pool-size", "3", "--out", str(tmp_path / "a")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "out must be a folder" in result.output
 
 
 # Perturbations.

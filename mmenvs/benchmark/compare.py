@@ -16,15 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 
 from mmenvs.benchmark import report
 from mmenvs.benchmark import rows as store
-from mmenvs.benchmark.measure import measure, provenance
+from mmenvs.benchmark.measure import baseline_runs, measure, measure_baseline, provenance, space_of
 from mmenvs.benchmark.recommend import Recommendation, check_budget, recommend
 from mmenvs.benchmark.rows import Row
-from mmenvs.benchmark.summary import run_key, task_name
+from mmenvs.benchmark.summary import BASELINES, count, run_key, task_name
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings import ENCODERS, FUSIONS
 from mmenvs.registry import task_class
@@ -48,6 +47,10 @@ class Grid:
         features_dim: widths of the fused vector; empty leaves it to the agent's recipe.
         num_envs: rows of the training environment; None leaves it to the agent's recipe.
         episodes: episodes of each evaluation; those of checkpoints and perturbations take a quarter.
+
+    Raises:
+        TypeError: for anything but tuples of values, such as one string.
+        ValueError: for a tuple that holds nothing.
     """
 
     envs: tuple[str, ...]
@@ -60,15 +63,27 @@ class Grid:
     num_envs: int | None = None
     episodes: int = 2000
 
+    def __post_init__(self) -> None:
+        for name, kind in {"envs": str, "embeddings": str, "agents": str, "steps": int}.items():
+            _check_values(name, getattr(self, name))
+            for value in getattr(self, name):
+                if not isinstance(value, kind):
+                    raise TypeError(f"{name} must hold {kind.__name__} values, got {value!r}")
+        if self.features_dim != ():
+            _check_values("features_dim", self.features_dim)
+        if not isinstance(self.env_axes, Mapping):
+            raise TypeError(
+                f"env_axes must be a mapping such as {{'difficulty': (0,)}}, got {self.env_axes!r}"
+            )
+        for name, values in self.env_axes.items():
+            _check_values(f"env_axes[{name!r}]", values)
+
     def runs(self) -> list[Run]:
         """All runs as JSON objects. Those of a seed stand together, so that a comparison cut short is fair.
 
         Raises:
             ValueError, TypeError, gymnasium.error.NameNotFound: for what doesn't exist or is given twice.
         """
-        for name in ("envs", "embeddings", "agents", "steps"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one")
         axes = {
             name: getattr(self, name) for name in ("envs", "embeddings", "agents", "steps", "features_dim")
         }
@@ -91,9 +106,13 @@ class Grid:
         unused = set(self.env_axes) - {name for _, kwargs in tasks for name in kwargs}
         if unused:
             raise ValueError(f"none of {', '.join(self.envs)} takes {', '.join(sorted(unused))}")
-        for id, kwargs in tasks:
-            for embedding in self.embeddings:
-                plan(embedding, id, kwargs)
+        for embedding in self.embeddings:
+            plans = [plan(embedding, id, kwargs) for id, kwargs in tasks]
+            if not any(embedding.partition("+")[0] in chosen["encoders"].values() for chosen in plans):
+                raise ValueError(
+                    f"the encoder in {embedding!r} fits no observation of {', '.join(self.envs)}; "
+                    f"theirs are {_fitting(tasks)}"
+                )
         optional = {} if self.num_envs is None else {"num_envs": self.num_envs}
         return [
             {
@@ -124,6 +143,19 @@ class Grid:
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
+def _check_values(name: str, values: Any) -> None:
+    if not isinstance(values, tuple | list):
+        raise TypeError(f"{name} must be a tuple of values, got {values!r}")
+    if not values:
+        raise ValueError(f"{name} must name at least one")
+
+
+def _fitting(tasks: list[tuple[str, dict[str, Any]]]) -> str:
+    """Encoders that some observation of the tasks has."""
+    kinds = {modality_of(part) for id, kwargs in tasks for part in space_of(id, kwargs).values()}
+    return ", ".join(dict.fromkeys(name for kind in ENCODERS if kind in kinds for name in ENCODERS[kind]))
+
+
 def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How an agent is made with an embedding: arguments of ``mmenvs_agents.sb3.make_agent``.
 
@@ -134,7 +166,7 @@ def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -
         env_kwargs: arguments of the environment.
 
     Returns:
-        ``fusion``, and ``encoders`` with the names of the observations that take the encoder.
+        ``fusion``, and ``encoders`` with the name of the encoder of each observation.
 
     Raises:
         ValueError: if there is no such encoder or fusion at all.
@@ -146,11 +178,11 @@ def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -
         f"the encoder in {embedding!r}", encoder, tuple(dict.fromkeys(itertools.chain(*ENCODERS.values())))
     )
     one_of(f"the fusion in {embedding!r}", fusion, tuple(FUSIONS))
-    envs: Any = gym.make_vec(id, num_envs=1, **(env_kwargs or {}))
-    space = envs.single_observation_space
-    envs.close()
-    chosen = {name: encoder for name, part in space.items() if encoder in ENCODERS[modality_of(part)]}
-    return {"fusion": fusion, "encoders": chosen}
+    encoders = {}
+    for name, part in space_of(id, env_kwargs or {}).items():
+        allowed = ENCODERS[modality_of(part)]
+        encoders[name] = encoder if encoder in allowed else next(iter(allowed))
+    return {"fusion": fusion, "encoders": encoders}
 
 
 def compare(
@@ -163,7 +195,8 @@ def compare(
 ) -> Recommendation | None:
     """Do the runs of ``grid`` that ``out`` lacks, one after the other, and write the report.
 
-    ``rows.jsonl`` gets a row a run, of one that fails too: with its error. A run that failed is tried again
+    ``rows.jsonl`` gets a row a run, of one that fails too: with its error; and before, one for each baseline
+    (random, most frequent, oracle) on each task. A run that failed is tried again
     the next time. ``report.html`` and ``report.md`` show all rows in the folder, also those of other grids.
 
     Args:
@@ -177,11 +210,11 @@ def compare(
         The recommendation; None if no configuration has a score on every task.
 
     Raises:
-        ValueError: for arguments that name nothing that exists, before any run; if another comparison is
-            writing to ``out``.
+        ValueError, TypeError: for arguments that name nothing that exists, before any run.
+        ValueError: if another comparison is writing to ``out``.
     """
     runs = grid.runs()
-    limits = check_budget(budget or {})
+    limits = check_budget({} if budget is None else budget)
     resolved: str = importlib.import_module("mmenvs_agents.sb3").resolve_device(device)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, {str(out)!r} is a file")
@@ -197,41 +230,53 @@ def compare(
             else set()
         )
         missing = [run for run in runs if run_key(run) not in done]
-        say(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
+        say(f"{count(len(runs), 'run')}, {len(runs) - len(missing)} of them done before")
         for note in notes(grid):
             say(note)
         origin = provenance(resolved)
         try:
+            for run in baseline_runs(runs):
+                if run_key(run) not in done:
+                    row = {"run": run, "provenance": dict(origin), **measure_baseline(run)}
+                    store.append(path, row)
+                    score = row["scores"]["test"]["return"]
+                    say(f"{task_name(run)}: {BASELINES[run['baseline']]}: {score:.3f}")
             for number, run in enumerate(missing, len(runs) - len(missing) + 1):
                 begin = time.perf_counter()
-                row = one_row(run, resolved, origin)
+                what = f"{task_name(run)}: {run['embedding']}, {run['agent']}, seed {run['seed']}"
+                prefix = f"{number}/{len(runs)}  {what}: "
+
+                def tell(text: str, prefix: str = prefix) -> None:
+                    say(prefix + text)
+
+                row = one_row(run, resolved, origin, tell)
                 store.append(path, row)
                 result = row.get("error") or f"{row['scores']['test']['return']:.3f}"
-                what = f"{task_name(run)}: {run['embedding']}, {run['agent']}, seed {run['seed']}"
-                say(f"{number}/{len(runs)}  {what}: {result}  ({time.perf_counter() - begin:.0f} s)")
+                say(f"{prefix}{result}  ({time.perf_counter() - begin:.0f} s)")
         finally:
-            if path.exists():
+            # Stopped before the first run there is nothing to report.
+            if path.exists() and any("baseline" not in row["run"] for row in store.read(path)):
                 report.write(store.read(path), out, limits)
     rows = store.read(path)
     return recommend(rows, limits) if report.summarise(rows).candidates else None
 
 
-def one_row(run: Run, device: str, origin: Mapping[str, Any]) -> Row:
+def one_row(run: Run, device: str, origin: Mapping[str, Any], tell: Callable[[str], Any]) -> Row:
     """Train and judge one run; if that fails, the row holds ``error`` and ``traceback`` in place of scores."""
     row: Row = {"run": run, "provenance": dict(origin)}
     try:
         chosen = plan(run["embedding"], run["id"], run["env_kwargs"])
-        return {**row, "plan": chosen, **measure(run, chosen, device)}
+        return {**row, "plan": chosen, **measure(run, chosen, device, tell)}
     except Exception as error:
         message = " ".join(str(error).split())
         return {**row, "error": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
 
 
 def notes(grid: Grid) -> Iterator[str]:
-    """What a reader of the results should know: embeddings that are the same on some environment."""
+    """What a reader of the results should know: embeddings whose encoder some environment has no use for."""
     for id in grid.envs:
         for embedding in grid.embeddings:
-            if not plan(embedding, id)["encoders"]:
+            if embedding.partition("+")[0] not in plan(embedding, id)["encoders"].values():
                 yield (
                     f"note: no modality of {id} has an encoder {embedding.partition('+')[0]!r}, "
                     f"there {embedding!r} means the default encoders"

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper
 
 import mmenvs
 from mmenvs.benchmark.rows import Row
+from mmenvs.benchmark.summary import BASELINES, few_episodes
 from mmenvs.embeddings import Extractor
 from mmenvs.embeddings.cost import cost
 from mmenvs.embeddings.embedding import load_embedding
@@ -37,6 +38,7 @@ CURVE_POINTS = 20
 CHECKPOINTS = (0.8, 0.9)  # shares of the training at which the policy is kept; the trained one is the third
 # What becomes of a modality that is missing, shuffled or swapped is told by the structure measures.
 _PERTURBATIONS = ("noise", "brightness", "pitch", "word_dropout")
+_SAY_EVERY = 10.0  # seconds between two lines about the same run
 _KINDS = {"image": "pictures", "images": "pictures", "text": "words", "audio": "sound"}
 _PACKAGES = ("mmenvs", "numpy", "gymnasium", "torch", "torchaudio", "stable_baselines3")
 
@@ -47,6 +49,7 @@ class Recorder(VecEnvWrapper):
     Args:
         agent: from ``make_agent``; the recorder takes the place of its environment.
         total: steps of training.
+        tell: is told about every ten seconds how far the training is.
 
     Attributes:
         curve: ``[step, mean return, success, episodes]`` of the episodes that ended up to each of
@@ -54,10 +57,12 @@ class Recorder(VecEnvWrapper):
         policies: ``(step, state dict)`` at the first step past each of ``CHECKPOINTS``.
     """
 
-    def __init__(self, agent: Any, total: int) -> None:
+    def __init__(self, agent: Any, total: int, tell: Callable[[str], Any]) -> None:
         super().__init__(agent.env)
         # The policy alone: agent and recorder must not keep each other, with a replay buffer, alive.
         self.policy, self.steps = agent.policy, 0
+        self.total, self.tell = total, tell
+        self.begin = self.told = time.perf_counter()
         self.marks = [round(total * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
         self.keep_at = [total * share for share in CHECKPOINTS]
         self.curve: list[list[float]] = []
@@ -72,6 +77,11 @@ class Recorder(VecEnvWrapper):
     def step_wait(self) -> Any:
         observation, rewards, ended, infos = self.venv.step_wait()
         self.steps += self.num_envs
+        now = time.perf_counter()
+        if now - self.told >= _SAY_EVERY:
+            self.told = now
+            left = (now - self.begin) * max(self.total / self.steps - 1, 0)
+            self.tell(f"{self.steps:,} of {self.total:,} steps, about {left:.0f} s of training left")
         for row in np.flatnonzero(ended):
             self._returns.append(infos[row]["episode"]["r"])
             self._successes.append(infos[row]["is_success"])
@@ -89,13 +99,14 @@ class Recorder(VecEnvWrapper):
         return observation, rewards, ended, infos
 
 
-def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str) -> Row:
+def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: Callable[[str], Any]) -> Row:
     """Train one agent and measure it by the four criteria and the probes.
 
     Args:
         run: one of ``Grid.runs()``.
         plan: how the agent is made with its embedding, see ``mmenvs.benchmark.compare.plan``.
         device: ``"cpu"`` or ``"cuda"``.
+        tell: is told how far it is, if it takes long.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C ended the training.
@@ -103,16 +114,19 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str) -> Row
     sb3 = importlib.import_module("mmenvs_agents.sb3")
     id, env_kwargs, episodes = run["id"], run["env_kwargs"], run["episodes"]
     optional = {key: run[key] for key in ("features_dim", "num_envs") if key in run}
+    _warm_up(run, plan, device)
     agent = sb3.make_agent(
         run["agent"], id, seed=run["seed"], device=device, env_kwargs=env_kwargs, **plan, **optional
     )
-    recorder = Recorder(agent, run["steps"])
+    recorder = Recorder(agent, run["steps"], tell)
     begin, cpu = time.perf_counter(), time.process_time()
     if not sb3.train(agent, run["steps"], progress=False):
         raise KeyboardInterrupt
     wall, used = time.perf_counter() - begin, time.process_time() - cpu
     agent.get_env().close()
-    few = max(1, episodes // 4)
+    few = few_episodes(episodes)
+    if wall >= _SAY_EVERY:
+        tell(f"trained in {wall:.0f} s, now it is scored and probed")
     return {
         "bounds": [SPECS[id].min_score, SPECS[id].max_score],
         "train": {"steps": agent.num_timesteps, "seconds": wall, "cpu_seconds": used},
@@ -123,6 +137,44 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str) -> Row
         "cost": {"seconds": wall, "cpu_seconds": used, **_cost(agent, run)},
         "structure": _structure(agent, run),
     }
+
+
+def measure_baseline(run: Mapping[str, Any]) -> Row:
+    """Score an agent that learns nothing on the episodes of the others.
+
+    Args:
+        run: ``id``, ``env_kwargs``, ``episodes`` and ``baseline``, a name in ``BASELINES``.
+    """
+    scores = {
+        split: _score(run["baseline"], run, split, run["episodes"]) for split in ("test", "compositional")
+    }
+    return {"bounds": [SPECS[run["id"]].min_score, SPECS[run["id"]].max_score], "scores": scores}
+
+
+def baseline_runs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each baseline once on each task of ``runs``."""
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        for name in BASELINES:
+            one = {**{key: run[key] for key in ("id", "env_kwargs", "episodes")}, "baseline": name}
+            if one not in found:
+                found.append(one)
+    return found
+
+
+def _warm_up(run: Mapping[str, Any], plan: Mapping[str, Any], device: str) -> None:
+    """A rollout and an update of another, small agent: what is compiled the first time isn't training."""
+    sb3 = importlib.import_module("mmenvs_agents.sb3")
+    arguments = importlib.import_module("mmenvs_agents.recipes").RECIPES[run["agent"]].arguments
+    # A Q-network learns only after so many steps.
+    at_once = {"learning_starts": 0} if "learning_starts" in arguments else {}
+    agent = sb3.make_agent(
+        run["agent"], run["id"], device=device, env_kwargs=run["env_kwargs"], num_envs=8, **plan, **at_once
+    )
+    finished = sb3.train(agent, 1, progress=False)
+    agent.get_env().close()
+    if not finished:
+        raise KeyboardInterrupt
 
 
 def _evaluate(agent: Any, run: Mapping[str, Any], split: str, episodes: int, wrap: Any = None) -> Any:
@@ -154,7 +206,7 @@ def _checkpoints(agent: Any, recorder: Recorder, run: Mapping[str, Any], episode
 def _perturbed(agent: Any, run: Mapping[str, Any], episodes: int) -> dict[str, float]:
     """Test return under each perturbation that fits an observation, and without each, on the same episodes."""
     scores = {"clean": _evaluate(agent, run, "test", episodes).mean_return}
-    for key, part in _space(run).items():
+    for key, part in space_of(run["id"], run["env_kwargs"]).items():
         kind = _KINDS.get(modality_of(part))
         for name in _PERTURBATIONS:
             if kind in PERTURBATIONS[name].kinds:
@@ -178,7 +230,9 @@ def _cost(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
     if run["embedding"].startswith("shapes+"):
         # Its weights are no part of the extractor, which leaves them out when it is saved.
         frozen = list(load_shapes().parameters())
-        tokens = load_embedding("shapes", _space(run), output="tokens").dims.values()
+        tokens = load_embedding(
+            "shapes", space_of(run["id"], run["env_kwargs"]), output="tokens"
+        ).dims.values()
         cached = sum(length * d for length, d in tokens) * 4 / 1e3
     frozen_bytes = sum(x.nbytes for x in frozen)
     return {
@@ -196,7 +250,7 @@ def _cost(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
 def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
     """Probes of the encoders as they are after training, on the val split, and what the agent uses of each."""
     extractor = _extractor(agent)
-    embedding = load_embedding(extractor, _space(run)).to(agent.device)
+    embedding = load_embedding(extractor, space_of(run["id"], run["env_kwargs"])).to(agent.device)
     kwargs = dict(run["env_kwargs"])
     n = min(max(run["episodes"], 16), 2048)
     probes = probe_report(
@@ -220,9 +274,9 @@ def _extractor(agent: Any) -> Extractor:
     return next(module for module in agent.policy.modules() if isinstance(module, Extractor))
 
 
-def _space(run: Mapping[str, Any]) -> Any:
+def space_of(id: str, env_kwargs: Mapping[str, Any]) -> Any:
     """The observations of a single environment, as they are before Stable-Baselines3 turns the pictures."""
-    envs: Any = gym.make_vec(run["id"], num_envs=1, **run["env_kwargs"])
+    envs: Any = gym.make_vec(id, num_envs=1, **env_kwargs)
     envs.close()
     return envs.single_observation_space
 

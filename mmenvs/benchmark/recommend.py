@@ -11,7 +11,7 @@ from pathlib import Path
 from mmenvs.benchmark import rows as store
 from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.stats import Interval
-from mmenvs.benchmark.summary import BUDGETS, Candidate, summarise
+from mmenvs.benchmark.summary import BASELINES, BUDGETS, Candidate, count, summarise
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Recommendation:
         tied: the names of those within the budget whose intervals overlap that of the best, best first.
         candidates: all configurations, best first.
         incomplete: the names of configurations that were left out, as they lack a score on some task.
+        unbeaten: ``"random"`` or ``"most_frequent"`` if the interval of no configuration that could be taken
+            lies above that of this baseline, else None; random goes first. None too without baselines.
     """
 
     chosen: Candidate
@@ -33,6 +35,7 @@ class Recommendation:
     tied: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     incomplete: tuple[str, ...]
+    unbeaten: str | None
 
     @property
     def embedding(self) -> str:
@@ -47,18 +50,19 @@ class Recommendation:
     def __str__(self) -> str:
         limits = " and ".join(_amount(key, value) for key, value in self.budget.items())
         score = self.chosen.score
-        what = f"{self.chosen.name}, {score.value:.2f} ± {score.half:.2f}"
+        what = f"{self.chosen.label}, {score}"
+        verdict = f"; none is better than {BASELINES[self.unbeaten]}" if self.unbeaten else ""
         if not self.within:
             has = ", ".join(
                 f"unknown {BUDGETS[key]}" if cost is None else _amount(key, cost)
                 for key, cost in ((key, self.chosen.cost[key]) for key in self.budget)
             )
-            return f"nothing is within {limits}; the nearest is {what} ({has})"
+            return f"nothing is within {limits}; the nearest is {what} ({has}){verdict}"
         sentence = f"within {limits}: {what}" if self.budget else f"without a budget: {what}"
         others = [name for name in self.tied if name != self.chosen.name]
         if others:
             sentence += f" (not to be told apart by score: {'; '.join(others)}; the cheaper one is named)"
-        return sentence
+        return sentence + verdict
 
 
 def recommend(
@@ -68,7 +72,8 @@ def recommend(
 
     Where the 95 % interval of another one overlaps that of the best, the two can't be told apart by their
     scores; then the cheaper one is taken: the one whose largest share of the budget is smaller, or without
-    a budget the one with the shorter latency.
+    a budget the one with the shorter latency. If any lies above the baselines (random, most frequent), only
+    those that do are taken; if none does, the recommendation says so.
 
     Args:
         results: the folder that ``mmenvs compare`` wrote, its ``rows.jsonl``, or the rows.
@@ -77,11 +82,12 @@ def recommend(
             task.
 
     Raises:
+        TypeError: for a budget that is no mapping.
         ValueError: for a budget of another name or not above 0; without a configuration that has a score on
             every task.
         FileNotFoundError: if there are no results.
     """
-    limits = check_budget(budget or {})
+    limits = check_budget({} if budget is None else budget)
     if isinstance(results, str | os.PathLike):
         rows = store.read(Path(results))
     else:
@@ -90,9 +96,19 @@ def recommend(
     candidates = summary.candidates
     if not candidates:
         raise ValueError(
-            f"no configuration has a score on all of {'; '.join(summary.tasks)}: {len(summary.failed)} runs failed"
+            f"no configuration has a score on all of {'; '.join(summary.tasks)}: {count(len(summary.failed), 'run')} failed"
         )
     allowed = [candidate for candidate in candidates if _share(candidate, limits) <= 1]
+    unbeaten = None
+    for name in ("most_frequent", "random"):
+        bar = summary.baseline_scores.get(name)
+        if bar is None:
+            continue
+        above = [candidate for candidate in allowed or candidates if candidate.score.low > bar.high]
+        if not above:
+            unbeaten = name
+        elif allowed:
+            allowed = above
     if not allowed:
         chosen = min(candidates, key=lambda c: (_share(c, limits), -c.score.value, c.name))
     else:
@@ -105,6 +121,7 @@ def recommend(
         tied=tuple(candidate.name for candidate in tied) if allowed else (),
         candidates=tuple(candidates),
         incomplete=tuple(summary.incomplete),
+        unbeaten=unbeaten,
     )
 
 
@@ -112,8 +129,11 @@ def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
     """The budget as floats.
 
     Raises:
+        TypeError: if it isn't a mapping.
         ValueError: for an unknown name, or an amount that isn't a finite number above 0.
     """
+    if not isinstance(budget, Mapping):
+        raise TypeError(f"budget must be a mapping such as {{'megabytes': 20}}, got {budget!r}")
     for key, value in budget.items():
         if key not in BUDGETS:
             raise ValueError(f"budget must name some of {', '.join(BUDGETS)}, got {key!r}")

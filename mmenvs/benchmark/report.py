@@ -13,7 +13,8 @@ from mmenvs.benchmark import plots
 from mmenvs.benchmark.recommend import recommend
 from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.stats import Interval
-from mmenvs.benchmark.summary import Cell, Summary, summarise
+from mmenvs.benchmark.structure import measures
+from mmenvs.benchmark.summary import BASELINES, Cell, Summary, count, few_episodes, summarise
 from mmenvs.files import replacing
 
 SPLITS = ("test", "compositional")
@@ -60,7 +61,8 @@ def tables(summary: Summary) -> list[Table]:
     """All tables of the report."""
     shown = [task for task in summary.tasks if summary.of_task(task)]
     found = [_ranking(summary)] if summary.candidates else []
-    found += [_criteria(task, summary) for task in shown]
+    for task in shown:
+        found += [_criteria(task, summary), _efficiency(task, summary.of_task(task))]
     for task in shown:
         cells = summary.of_task(task)
         found.append(_perturbations(task, cells))
@@ -86,13 +88,13 @@ def figures(summary: Summary) -> list[str]:
 
 
 def _ranking(summary: Summary) -> Table:
-    note = f"Mean test return over {_count(len(summary.tasks), 'task')}, brought to 0 to 1; 95 % intervals over seeds and episodes."
+    note = f"Mean test return over {count(len(summary.tasks), 'task')}, brought to 0 to 1; 95 % intervals over seeds and episodes."
     if summary.incomplete:
         note += f" Without a score on every task, so not ranked: {'; '.join(summary.incomplete)}."
     columns = ("embedding", "mean", "interquartile mean", "MB", "ms", "s of training", "parameters")
     rows: list[list[Value]] = [
         [
-            c.name,
+            c.label,
             c.score,
             c.iqm,
             c.cost["megabytes"],
@@ -102,11 +104,16 @@ def _ranking(summary: Summary) -> Table:
         ]
         for c in summary.candidates
     ]
+    for name, score in summary.baseline_scores.items():
+        rows.append([BASELINES[name], score, *[None] * (len(columns) - 2)])
+    if any(c.defaults for c in summary.candidates):
+        note += " Default encoders: no observation of that task has the encoder that is named."
     return Table("Ranking", note, columns, rows)
 
 
 def _criteria(task: str, summary: Summary) -> Table:
     cells = summary.of_task(task)
+    baselines = _baselines(task, summary)
     threshold = summary.threshold(task)
     columns: dict[str, Callable[[Cell], Value]] = {
         "embedding": lambda c: c.configuration,
@@ -121,22 +128,16 @@ def _criteria(task: str, summary: Summary) -> Table:
         "stability: over seeds": lambda c: c.seed_spread,
         "stability: over checkpoints": lambda c: c.checkpoint_spread,
         "stability: lost when perturbed": lambda c: c.drop,
-        "efficiency: parameters": lambda c: c.cost("parameters"),
-        "efficiency: MFLOP": lambda c: c.cost("megaflops"),
-        "efficiency: ms": lambda c: c.cost("milliseconds"),
-        "efficiency: observations / s": lambda c: c.cost("throughput"),
-        "efficiency: peak MB": lambda c: c.cost("peak_megabytes"),
-        "efficiency: training, s": lambda c: c.cost("seconds"),
-        "efficiency: training, CPU s": lambda c: c.cost("cpu_seconds"),
-        "efficiency: cache, kB each": lambda c: c.cost("cache_kilobytes"),
     }
     note = f"Steps to 80 %: until the learning curve reaches {threshold:.3f}; – means never."
+    if baselines:
+        note += " The last rows are agents that learn nothing, on the same episodes."
     if all(cell.length == 1 for cell in cells):
         del columns["length: steps an episode"]
         note += " Every episode is one step long."
     if all(
         row["scores"][split]["success"] == row["scores"][split]["return"]
-        for cell in cells
+        for cell in [*cells, *baselines]
         for row in cell.rows
         for split in SPLITS
     ):
@@ -144,47 +145,57 @@ def _criteria(task: str, summary: Summary) -> Table:
             del columns[f"reward: success, {split}"]
         note += " Return and success are the same here."
     rows = [[column(cell) for column in columns.values()] for cell in cells]
-    return Table(f"The four criteria: {task}", note, tuple(columns), rows)
+    # They have no training: neither seeds nor a curve.
+    scored = {name for name in columns if name.startswith(("reward: return", "reward: success", "length"))}
+    for cell in baselines:
+        scores = [column(cell) if name in scored else None for name, column in columns.items()]
+        rows.append([BASELINES[cell.configuration], *scores[1:]])
+    return Table(f"Reward, episode length and stability: {task}", note, tuple(columns), rows)
+
+
+def _efficiency(task: str, cells: Sequence[Cell]) -> Table:
+    columns: dict[str, Callable[[Cell], Value]] = {
+        "embedding": lambda c: c.configuration,
+        "embedding: parameters": lambda c: c.cost("parameters"),
+        "embedding: MFLOP": lambda c: c.cost("megaflops"),
+        "embedding: ms": lambda c: c.cost("milliseconds"),
+        "embedding: observations / s": lambda c: c.cost("throughput"),
+        "embedding: peak MB": lambda c: c.cost("peak_megabytes"),
+        "embedding: cache, kB each": lambda c: c.cost("cache_kilobytes"),
+        "training: s": lambda c: c.cost("seconds"),
+        "training: CPU s": lambda c: c.cost("cpu_seconds"),
+    }
+    rows = [[column(cell) for column in columns.values()] for cell in cells]
+    return Table(f"Computational efficiency: {task}", "Medians over the seeds.", tuple(columns), rows)
+
+
+def _baselines(task: str, summary: Summary) -> list[Cell]:
+    return [summary.baselines[task, name] for name in BASELINES if (task, name) in summary.baselines]
 
 
 def _perturbations(task: str, cells: Sequence[Cell]) -> Table:
     names = list(dict.fromkeys(name for cell in cells for name in cell.perturbed))
     note = "Mean test return with perturbed observations, beside that on the same episodes without."
     rows: list[list[Value]] = [
-        [cell.configuration, *(cell.perturbed.get(name) for name in names)] for cell in cells
+        [
+            cell.configuration,
+            sum(few_episodes(len(run)) for run in cell.returns("test")),
+            *(cell.perturbed.get(name) for name in names),
+        ]
+        for cell in cells
     ]
-    columns = ("embedding", *(name.replace("_", " ") for name in names))
+    columns = ("embedding", "episodes", *(name.replace("_", " ") for name in names))
     return Table(f"Perturbed observations: {task}", note, columns, rows if len(names) > 1 else [])
 
 
 def _structure(task: str, cells: Sequence[Cell]) -> Table:
     """Mean over the runs of each number that the probes gave."""
-    means: dict[str, dict[str, Value]] = {}
-    for cell in cells:
-        flat = [
-            _flatten({**part.get("modalities", {}), **part.get("pairs", {}), "use of": part.get("use", {})})
-            for part in (row.get("structure") or {} for row in cell.rows)
-        ]
-        names = dict.fromkeys(name for numbers in flat for name in numbers)
-        means[cell.configuration] = {
-            name: sum(known) / len(known)
-            for name in names
-            if (known := [numbers[name] for numbers in flat if name in numbers])
-        }
+    means = {cell.configuration: measures([row.get("structure") for row in cell.rows]) for cell in cells}
     # There are more measures than embeddings: they stand below each other.
-    measures = dict.fromkeys(name for numbers in means.values() for name in numbers)
-    rows: list[list[Value]] = [
-        [name, *(numbers.get(name) for numbers in means.values())] for name in measures
-    ]
+    names = dict.fromkeys(name for values in means.values() for name in values)
+    rows: list[list[Value]] = [[name, *(values.get(name) for values in means.values())] for name in names]
     note = "On held-out data; what each measure is stands in docs/compare.md."
     return Table(f"Structure within and between modalities: {task}", note, ("measure", *means), rows)
-
-
-def _flatten(value: Any, name: str = "") -> dict[str, float]:
-    if isinstance(value, dict):
-        parts = (_flatten(part, f"{name} · {key}" if name else str(key)) for key, part in value.items())
-        return {key: number for part in parts for key, number in part.items()}
-    return {name: value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
 
 
 def _encoders(summary: Summary) -> Table:
@@ -192,8 +203,8 @@ def _encoders(summary: Summary) -> Table:
     for cell in summary.cells.values():
         chosen = cell.rows[0].get("plan", {}).get("encoders", {})
         text = ", ".join(f"{name}: {encoder}" for name, encoder in chosen.items())
-        rows.append([cell.configuration, cell.task, text or "the default of every modality"])
-    note = "Modalities that are not named take their default encoder."
+        rows.append([cell.configuration, cell.task, text])
+    note = "Of every observation, the defaults too."
     return Table("Encoders", note, ("embedding", "task", "encoders"), rows)
 
 
@@ -230,10 +241,6 @@ def _provenance(rows: Sequence[Row]) -> Table:
 
 def _text(value: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def show(value: Value) -> str:
@@ -281,8 +288,8 @@ def page(sentence: str, sections: Sequence[Table], drawn: Sequence[str], summary
         "script-src 'unsafe-inline'\">"
         f"<title>Comparison of embeddings</title><style>{_STYLE}</style></head><body><main>\n"
         f"<h1>Comparison of embeddings</h1>\n"
-        f"<p>{_count(runs, 'run')} of {_count(len(summary.configurations), 'configuration')} "
-        f"on {_count(len(summary.tasks), 'task')}.</p>\n"
+        f"<p>{count(runs, 'run')} of {count(len(summary.configurations), 'configuration')} "
+        f"on {count(len(summary.tasks), 'task')}.</p>\n"
         f'<p class="recommendation"><b>Recommendation:</b> {escape(sentence)}</p>\n'
         f'{head}\n<div class="figures">{figures}</div>\n'
         + "\n".join(rest)

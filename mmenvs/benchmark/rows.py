@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             rows.append(check(json.loads(line, parse_constant=_no_constant)))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"line {number} of {str(path)!r} is no row of a comparison: {error}") from None
     return rows
 
@@ -90,6 +90,8 @@ def check(row: Any) -> Row:
     if not isinstance(row, dict) or row.get("format") != FORMAT:
         raise ValueError(f"a row is an object with format {FORMAT}")
     run = row.get("run")
+    if isinstance(run, dict) and "baseline" in run:
+        return _check_baseline(row)
     kinds = {"id": str, "env_kwargs": dict, "embedding": str, "agent": str, "steps": int, "seed": int}
     if not isinstance(run, dict) or not all(isinstance(run.get(k), kind) for k, kind in kinds.items()):
         raise ValueError(f"run must hold {', '.join(kinds)}")
@@ -98,6 +100,33 @@ def check(row: Any) -> Row:
     missing = [key for key in MEASURED if key not in row]
     if missing:
         raise ValueError(f"neither error nor {', '.join(missing)}")
+    _check_scores(row)
+    if not row["curve"] or not all(_numbers(point, 4) for point in row["curve"]):
+        raise ValueError("curve must hold points of four numbers")
+    if not row["checkpoints"] or not all(_numbers(point, 2) for point in row["checkpoints"]):
+        raise ValueError("checkpoints must hold pairs of numbers")
+    if "clean" not in row["perturbed"] or not _numbers(list(row["perturbed"].values())):
+        raise ValueError("perturbed must hold numbers, clean among them")
+    encoders = row.get("plan", {"encoders": {}})["encoders"]
+    if not isinstance(encoders, dict) or not all(isinstance(name, str) for name in encoders.values()):
+        raise ValueError("plan must hold encoders, a name for each observation")
+    if not _numbers([cost for cost in row["cost"].values() if cost is not None]):
+        raise ValueError("cost must hold numbers or null")
+    return row
+
+
+def _check_baseline(row: Row) -> Row:
+    kinds = {"id": str, "env_kwargs": dict, "episodes": int, "baseline": str}
+    if not all(isinstance(row["run"].get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"the run of a baseline must hold {', '.join(kinds)}")
+    missing = [key for key in ("bounds", "scores") if key not in row]
+    if missing:
+        raise ValueError(f"the row of a baseline lacks {', '.join(missing)}")
+    _check_scores(row)
+    return row
+
+
+def _check_scores(row: Row) -> None:
     for split in ("test", "compositional"):
         scores = row["scores"].get(split) or {}
         if not scores.get("returns") or not _numbers(scores["returns"]):
@@ -106,15 +135,6 @@ def check(row: Any) -> Row:
             raise ValueError(f"scores must hold return, success and length of the {split} split")
     if not _numbers(row["bounds"], 2) or row["bounds"][0] >= row["bounds"][1]:
         raise ValueError("bounds must be two numbers, the lower one first")
-    if not row["curve"] or not all(_numbers(point, 4) for point in row["curve"]):
-        raise ValueError("curve must hold points of four numbers")
-    if not row["checkpoints"] or not all(_numbers(point, 2) for point in row["checkpoints"]):
-        raise ValueError("checkpoints must hold pairs of numbers")
-    if "clean" not in row["perturbed"] or not _numbers(list(row["perturbed"].values())):
-        raise ValueError("perturbed must hold numbers, clean among them")
-    if not _numbers([cost for cost in row["cost"].values() if cost is not None]):
-        raise ValueError("cost must hold numbers or null")
-    return row
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from mmenvs.benchmark.stats import Interval, bootstrap, interquartile_mean, spre
 # What a budget can bound, with the unit it is written with.
 BUDGETS = {"megabytes": "MB", "milliseconds": "ms", "seconds": "s of training", "parameters": "parameters"}
 
+# Agents that learn nothing, by their names in ``mmenvs_agents``, with the names of the report.
+BASELINES = {"random": "random", "most_frequent": "most frequent", "oracle": "oracle"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -100,10 +103,10 @@ class Cell:
         return float(np.mean(drops)) if drops else None
 
     def cost(self, name: str) -> float | None:
-        """A cost, mean over the runs; None where it wasn't measured."""
+        """A cost, median over the runs, as one of them may have shared the machine; None if it wasn't measured."""
         values = [row["cost"].get(name) for row in self.rows]
         known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
+        return float(np.median(known)) if known else None
 
     def mean(self, *path: str) -> float:
         """Mean over the runs of the number at ``path`` in a row."""
@@ -125,8 +128,9 @@ class Candidate:
         embedding, agent: of the configuration.
         score: mean over the tasks of the test return, brought to 0 to 1 by the bounds of each task.
         iqm: interquartile mean of the same.
-        cost: by the names in ``BUDGETS``, the largest over the tasks of the mean over the runs; None where a
+        cost: by the names in ``BUDGETS``, the largest over the tasks of the median over the runs; None where a
             task lacks it.
+        defaults: tasks without an observation that has this encoder: all encoders are the default there.
     """
 
     name: str
@@ -135,6 +139,12 @@ class Candidate:
     score: Interval
     iqm: Interval
     cost: dict[str, float | None]
+    defaults: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The name, with the tasks on which the encoder it names isn't there."""
+        return f"{self.name} (default encoders on {'; '.join(self.defaults)})" if self.defaults else self.name
 
 
 @dataclass(frozen=True)
@@ -145,12 +155,14 @@ class Summary:
         tasks, configurations: names in the order they were first run.
         cells: by task and configuration; a pair whose runs all failed has none.
         failed: the newest rows of runs that failed.
+        baselines: by task and name in ``BASELINES``, where they were scored; their rows hold scores alone.
     """
 
     tasks: tuple[str, ...]
     configurations: tuple[str, ...]
     cells: dict[tuple[str, str], Cell]
     failed: tuple[Row, ...]
+    baselines: dict[tuple[str, str], Cell]
 
     def of_task(self, task: str) -> list[Cell]:
         """The cells of a task in the order of the configurations."""
@@ -173,6 +185,15 @@ class Summary:
         candidates = [self._candidate(name) for name in complete]
         return sorted(candidates, key=lambda candidate: (-candidate.score.value, candidate.name))
 
+    @cached_property
+    def baseline_scores(self) -> dict[str, Interval]:
+        """Mean score over the tasks of each baseline, as of a candidate, where every task has it."""
+        return {
+            name: _mean_over_tasks([_normalised(self.baselines[task, name]) for task in self.tasks])
+            for name in BASELINES
+            if all((task, name) in self.baselines for task in self.tasks)
+        }
+
     @property
     def incomplete(self) -> list[str]:
         """Configurations that lack a task, so that their mean can't be set beside that of the others."""
@@ -194,6 +215,12 @@ class Summary:
                 key: None if None in values else max(value for value in values if value is not None)
                 for key, values in costs.items()
             },
+            defaults=tuple(
+                task
+                for task, cell in zip(self.tasks, cells, strict=True)
+                if "plan" in cell.rows[0]
+                and run["embedding"].partition("+")[0] not in cell.rows[0]["plan"]["encoders"].values()
+            ),
         )
 
 
@@ -203,9 +230,10 @@ def summarise(rows: Iterable[Row]) -> Summary:
     Raises:
         ValueError: without rows.
     """
-    newest = {run_key(row["run"]): row for row in rows}
+    everything = {run_key(row["run"]): row for row in rows}
+    newest = {key: row for key, row in everything.items() if "baseline" not in row["run"]}
     if not newest:
-        raise ValueError("results must hold at least one row")
+        raise ValueError("results must hold at least one row of a run")
     runs = [row["run"] for row in newest.values()]
     name = _namer(runs)
     cells: dict[tuple[str, str], list[Row]] = {}
@@ -220,7 +248,23 @@ def summarise(rows: Iterable[Row]) -> Summary:
             for key, group in cells.items()
         },
         failed=tuple(row for row in newest.values() if "error" in row),
+        baselines={
+            key: Cell(*key, (row,))
+            for row in everything.values()
+            if "baseline" in row["run"]
+            for key in [(task_name(row["run"]), row["run"]["baseline"])]
+        },
     )
+
+
+def count(number: int, noun: str) -> str:
+    """Such as ``"1 run"`` and ``"2 runs"``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def few_episodes(episodes: int) -> int:
+    """Episodes of the evaluations of checkpoints and perturbations, where there are many of them."""
+    return max(1, episodes // 4)
 
 
 def run_key(run: Mapping[str, Any]) -> str:

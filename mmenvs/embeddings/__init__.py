@@ -2,10 +2,12 @@
 
 from mmenvs.benchmark.recommend import recommend
 from mmenvs.embeddings.cache import EmbeddingCache
+from mmenvs.embeddings.cost import cost
 from mmenvs.embeddings.embedding import Embedding, load_embedding
 from mmenvs.embeddings.extractor import ENCODERS, Extractor
 from mmenvs.embeddings.fusion import FUSIONS, Fusion
 from mmenvs.embeddings.pretrained import Pretrained
+from mmenvs.embeddings.probes import probe_report
 
 __all__ = [
     "ENCODERS",
@@ -15,6 +17,8 @@ __all__ = [
     "Extractor",
     "Fusion",
     "Pretrained",
+    "cost",
     "load_embedding",
+    "probe_report",
     "recommend",
 ]

@@ -69,13 +69,15 @@ class EmbeddingCache:
             smaller budget deletes what was kept with a larger one.
 
     Raises:
-        ValueError: if the folder is a file, or a shard in it belongs to another embedding.
+        ValueError: if the folder is a file or has no name, or a shard in it belongs to another embedding.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, budget_mb: int = 2048) -> None:
         self.budget = integer_in("budget_mb", budget_mb, 1, 2**30) * 2**20
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
+            if not str(folder):
+                raise ValueError("folder must name a folder, got ''; None keeps all in memory")
             if self.folder.exists() and not self.folder.is_dir():
                 raise ValueError(f"folder must be a folder, {str(folder)!r} is a file")
             self.folder.mkdir(parents=True, exist_ok=True)

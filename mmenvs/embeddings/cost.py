@@ -62,7 +62,10 @@ def cost(
         TypeError: no torch module, no ``Dict`` space, or a module that doesn't give a tensor.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch module, got {type(module).__name__}")
+        raise TypeError(
+            "module must be a torch module, such as what load_embedding(name, observation_space) gives, "
+            f"got {module!r}"
+        )
     if not isinstance(observation_space, spaces.Dict):
         raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
     if not batch_sizes:

@@ -36,7 +36,10 @@ def resolve_device(device: str) -> str:
 
     Raises:
         ValueError: for an unknown device, or ``"cuda"`` on a machine without one.
+        TypeError: for anything but a name.
     """
+    if not isinstance(device, str):
+        raise TypeError(f"device must be 'auto', 'cpu' or 'cuda' (or 'cuda:1' ...), got {device!r}")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and device != "cuda" and not device.startswith("cuda:"):
@@ -92,7 +95,7 @@ class Embedding(nn.Module):
             # Unbounded vectors have no lower end.
             low = np.nan_to_num(space.low, neginf=0.0).astype(space.dtype)
             device = next((p.device for p in encoders[name].parameters()), torch.device("cpu"))
-            encoded = self.encode({name: torch.as_tensor(low, device=device).unsqueeze(0)})[name]
+            encoded = self._encode_part(name, torch.as_tensor(low, device=device).unsqueeze(0))
             self.dims[name] = (encoded.shape[1], encoded.shape[2])
         self.features_dim = sum(length * d for length, d in self.dims.values())
         self.fingerprints = {name: self._fingerprint(name) for name in encoders}
@@ -108,7 +111,8 @@ class Embedding(nn.Module):
         """Encodings ``{name: (B, T, d)}`` float32 of the raw observations given, ``{name: (B, ...)}``.
 
         Raises:
-            ValueError: for a name that it has no encoder of, or an encoder that gives another shape.
+            ValueError: for a name that it has no encoder of, or an encoder that gives another shape or numbers
+                that aren't finite.
         """
         encoded = {}
         for name, x in observation.items():
@@ -121,6 +125,13 @@ class Embedding(nn.Module):
             size = max(1, CHUNK // pictures) if x.device.type == "cpu" else max(1, len(x))
             parts = [self._encode_part(name, part) for part in x.split(size)]
             encoded[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            # One number says whether any is NaN or infinite.
+            if not torch.isfinite(encoded[name].sum()):
+                bad = (~torch.isfinite(encoded[name].flatten(1)).all(1)).nonzero().flatten().tolist()
+                if bad:
+                    raise ValueError(
+                        f"the encoder of {name!r} gave a number that isn't finite in row {bad[0]}"
+                    )
         return encoded
 
     def _encode_part(self, name: str, x: Tensor) -> Tensor:
@@ -257,8 +268,8 @@ def load_embedding(
     one_of("output", output, OUTPUTS)
     if not isinstance(observation_space, spaces.Dict):
         raise TypeError(
-            f"observation_space must be a Dict space, got {type(observation_space).__name__}; "
-            "an environment that is embedded already can't be embedded again"
+            "observation_space must be a Dict space of pictures, words or sounds to be embedded, "
+            f"got {observation_space}"
         )
     for name, part in observation_space.items():
         if isinstance(part, spaces.Text):
@@ -279,9 +290,16 @@ def load_embedding(
             one_of("embedding", embedding, NAMES)
         return _joint(embedding, observation_space, output, precision)
     if isinstance(embedding, Extractor):
+        _same_spaces(embedding, observation_space)
         encoders: Any = embedding.encoders
         modalities, precision = dict(embedding.modalities), embedding.precision
-    elif isinstance(embedding, Mapping) and all(isinstance(v, nn.Module) for v in embedding.values()):
+    elif isinstance(embedding, Mapping):
+        for name, encoder in embedding.items():
+            if not isinstance(encoder, nn.Module):
+                raise TypeError(
+                    f"embedding[{name!r}] must be a torch module, got {encoder!r}; by name, encoders go into an "
+                    f"Extractor, and {', '.join(map(repr, NAMES))} alone embeds all observations"
+                )
         encoders = embedding
         modalities = {name: modality_of(part) for name, part in observation_space.items()}
     else:
@@ -293,6 +311,26 @@ def load_embedding(
         raise ValueError(f"embedding encodes {', '.join(encoders)}, the observations are {', '.join(names)}")
     owned = {name: copy.deepcopy(encoders[name]) for name in names}
     return Embedding(observation_space, owned, modalities, output, precision)
+
+
+def _same_spaces(extractor: Extractor, observation_space: spaces.Dict) -> None:
+    """Refuse an extractor of observations of other sizes; where its pictures' channels stand doesn't matter."""
+    for name, part in observation_space.items():
+        # Other names are told by the caller.
+        if name not in extractor.modalities:
+            continue
+        sizes, words = [], []
+        for space in (extractor.observation_space[name], part):
+            shape = tuple(space.shape or ())
+            if extractor.modalities[name] in ("image", "images") and shape[-1] not in (1, 3, 4):
+                shape = (*shape[:-3], *shape[-2:], shape[-3])
+            sizes.append(shape)
+            is_text = extractor.modalities[name] == "text"
+            words.append(int(cast(spaces.Box, space).high.max()) + 1 if is_text else 0)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"embedding was made for {name!r} of shape {sizes[0]}, these have {sizes[1]}")
+        if words[0] != words[1]:
+            raise ValueError(f"embedding was made for {name!r} of {words[0]} words, these have {words[1]}")
 
 
 def _joint(name: str, observation_space: spaces.Dict, output: Output, precision: Precision) -> Embedding:

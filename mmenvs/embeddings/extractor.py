@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -23,7 +24,8 @@ from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
 HUGGING_FACE = "hf:"  # marks the name or folder of a pretrained model among the names of our encoders
-# Keywords of Extractor.from_pretrained.
+# Keywords of Extractor.from_pretrained: those of modalities, and those that it hands on.
+_OTHERS = ("features_dim", "width", "precision", "visible")
 MODALITIES: dict[str, Modality] = {"image": "image", "text": "text", "audio": "audio", "video": "images"}
 
 
@@ -85,7 +87,7 @@ class Extractor(nn.Module):
 
     Raises:
         ValueError: unknown name, with those allowed; a module whose tokens have another width; from an
-            encoder, numbers that are not finite.
+            encoder, numbers that are not finite; observations that don't fit the space.
         TypeError: a space, encoder or fusion of another type.
     """
 
@@ -104,8 +106,15 @@ class Extractor(nn.Module):
         if not isinstance(observation_space, spaces.Dict):
             raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
         integer_in("features_dim", features_dim, 1, 2**20)
+        integer_in("width", width, 1, 2**20)
+        if encoders is not None and not isinstance(encoders, Mapping):
+            raise TypeError(
+                f"encoders must be a dict from names of the observation ({', '.join(observation_space.spaces)}) "
+                f"to encoders, got {encoders!r}"
+            )
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+        self.observation_space = observation_space
         self.features_dim, self.width, self.precision = features_dim, width, precision
         encoders, modalities = dict(encoders or {}), dict(modalities or {})
         _known_names("encoders", encoders, observation_space)
@@ -163,7 +172,15 @@ class Extractor(nn.Module):
         Raises:
             FileNotFoundError: a model or files of it that are missing.
             ValueError: a modality that the space lacks, or a model that can't encode it.
+            TypeError: an unknown keyword.
         """
+        unknown = set(others) - set(_OTHERS)
+        if unknown:
+            allowed = (*inspect.signature(cls.from_pretrained).parameters, *_OTHERS)
+            raise TypeError(
+                f"from_pretrained takes {', '.join(name for name in allowed if name != 'others')}; "
+                f"got {', '.join(sorted(unknown))}"
+            )
         if not isinstance(observation_space, spaces.Dict):
             raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
         found = {
@@ -234,11 +251,11 @@ class Extractor(nn.Module):
         for name in present:
             if name not in observation:
                 raise ValueError(f"observation lacks {name!r}; it needs {', '.join(present)}")
-            if not isinstance(observation[name], Tensor):
-                raise TypeError(
-                    f"observation[{name!r}] must be a batched torch tensor, got "
-                    f"{type(observation[name]).__name__}; torch.as_tensor makes one"
-                )
+            self._check(name, observation[name])
+        sizes = {name: len(observation[name]) for name in present}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"observations must have one batch size, got {told}")
         tokens, masks = {}, {}
         first = observation[present[0]]
         with torch.autocast(first.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -259,6 +276,26 @@ class Extractor(nn.Module):
                         "that are not finite"
                     )
         return tokens, masks
+
+    def _check(self, name: str, x: Tensor) -> None:
+        """Refuse what isn't a batch of the space."""
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"observation[{name!r}] must be a batched torch tensor, got {type(x).__name__}; "
+                "torch.as_tensor makes one"
+            )
+        space = cast(spaces.Box, self.observation_space[name])
+        if x.shape[1:] != space.shape or not x.dim():
+            raise ValueError(
+                f"observation[{name!r}] must be (B, {', '.join(map(str, space.shape))}), got {tuple(x.shape)}"
+            )
+        # On a GPU it would wait for the device, which refuses them by itself.
+        if self.modalities[name] == "text" and x.is_cpu and x.numel():
+            low, high, words = float(x.min()), float(x.max()), int(space.high.max()) + 1
+            if not (low >= 0 and high < words):
+                raise ValueError(
+                    f"observation[{name!r}] must hold word ids from 0 to {words - 1}, got {low:g} to {high:g}"
+                )
 
     def tokens(self, observation: Mapping[str, Tensor], missing: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """All tokens one after the other in the order of the observation, for transformer policies.

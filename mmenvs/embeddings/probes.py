@@ -153,8 +153,12 @@ def probe_report(
     one_of("train_split", train_split, SPLITS)
     integer_in("n", n, max(pool, 11), 10**7)
     integer_in("seed", seed, 0, 2**63)
-    if not callable(getattr(embedding, "encode", None)):
-        raise TypeError(f"embedding must have an encode method, got {type(embedding).__name__}")
+    # Texts have an encode of their own.
+    if isinstance(embedding, str) or not callable(getattr(embedding, "encode", None)):
+        raise TypeError(
+            "embedding must have an encode method, such as what load_embedding(name, observation_space) gives, "
+            f"got {embedding!r}"
+        )
     kwargs = {**(env_kwargs or {}), "difficulty": difficulty}
     train = _collect(embedding, _batches(id, seed, {**kwargs, "split": train_split}), n)
     test = _collect(embedding, _batches(id, seed, {**kwargs, "split": split}), n)
