@@ -1,4 +1,4 @@
-"""Stable-Baselines3 agents: making, training with logs and checkpoints, saving and loading without pickle."""
+"""Stable-Baselines3 agents: making, training with logs and checkpoints, saving, and loading what executes nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 
+from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
@@ -28,7 +29,6 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
-from mmenvs.tasks.base import integer_in
 
 from .recipes import RECIPES
 

@@ -101,6 +101,7 @@ def embed(
 
     from mmenvs.embeddings import EmbeddingCache
     from mmenvs.embeddings.embedding import NAMES
+    from mmenvs.embeddings.extractor import extractor_in
     from mmenvs.embeddings.joint import PREFIX
     from mmenvs.wrappers import Encoder, embed_pool, pool_bytes
 
@@ -117,7 +118,7 @@ def embed(
         )
         chosen: Any = embedding
         if Path(embedding).is_dir():
-            chosen = load_agent(Path(embedding), device, None)[0].policy.features_extractor.extractor
+            chosen = extractor_in(load_agent(Path(embedding), device, None)[0].policy)
         elif embedding not in NAMES and not embedding.startswith(PREFIX):
             raise ValueError(
                 f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "

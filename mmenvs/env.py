@@ -10,8 +10,9 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mmenvs import registry
+from mmenvs.checks import one_of
 from mmenvs.spaces import modality_of
-from mmenvs.tasks.base import Task, one_of
+from mmenvs.tasks.base import Task
 from mmenvs.text import Vocabulary
 
 _ONE = np.zeros(1, np.int64)

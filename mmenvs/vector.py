@@ -13,8 +13,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from mmenvs.checks import integer_in, one_of
 from mmenvs.env import check_options, load_and_check, new_seed, seed_word, string_space
-from mmenvs.tasks.base import Rows, Task, integer_in, one_of
+from mmenvs.tasks.base import Rows, Task
 
 Observation = dict[str, Any]
 Info = dict[str, Any]
@@ -169,11 +170,12 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
                 f"rows {np.flatnonzero(waiting).tolist()} have ended: call reset(options={{'reset_mask': mask}})"
             )
         rows = np.flatnonzero(~waiting) if waiting.any() else self._all
-        self._check_range(actions, rows)
+        acting = actions[rows]
+        self._check_range(acting, rows)
         again = np.flatnonzero(waiting)
         rewards = np.zeros(self.num_envs, np.float64)
         terminated = np.zeros(self.num_envs, np.bool_)
-        rewards[rows], terminated[rows] = self.task.step(rows, actions[rows])
+        rewards[rows], terminated[rows] = self.task.step(rows, acting)
         self._steps[rows] += 1
         truncated = np.zeros(self.num_envs, np.bool_)
         if self.max_episode_steps is not None:
@@ -239,13 +241,13 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             )
         return array.astype(np.int64, copy=False)
 
-    def _check_range(self, actions: npt.NDArray[np.int64], rows: Rows) -> None:
+    def _check_range(self, acting: npt.NDArray[np.int64], rows: Rows) -> None:
         """Rows that only reset ignore their action, as in Gymnasium's vector environments."""
-        n, acting = int(self.task.action_space.n), actions[rows]
+        n = int(self.task.action_space.n)
         if acting.size and (acting.min() < 0 or acting.max() >= n):
-            row = rows[np.flatnonzero((acting < 0) | (acting >= n))[0]]
+            first = np.flatnonzero((acting < 0) | (acting >= n))[0]
             raise gym.error.InvalidAction(
-                f"actions must be from 0 to {n - 1}, got {actions[row]} in row {row}"
+                f"actions must be from 0 to {n - 1}, got {acting[first]} in row {rows[first]}"
             )
 
     def _begin(self, rows: Rows) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -28,6 +28,7 @@ from mmenvs.benchmark.summary import BASELINES, few_episodes
 from mmenvs.embeddings import Extractor
 from mmenvs.embeddings.cost import cost
 from mmenvs.embeddings.embedding import load_embedding
+from mmenvs.embeddings.extractor import extractor_in
 from mmenvs.embeddings.joint import load_shapes
 from mmenvs.embeddings.probes import modality_use, probe_report
 from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation
@@ -270,8 +271,7 @@ def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extractor(agent: Any) -> Extractor:
-    """The one that acts: algorithms keep it in different places, and some another for their targets."""
-    return next(module for module in agent.policy.modules() if isinstance(module, Extractor))
+    return cast(Extractor, extractor_in(agent.policy))
 
 
 def space_of(id: str, env_kwargs: Mapping[str, Any]) -> Any:

@@ -50,6 +50,10 @@ class Fusion(nn.Module, ABC):
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
         """Features ``(B, features_dim)`` of the tokens."""
 
+    def told(self, means: Tokens, name: str) -> Tensor:
+        """The means ``{name: (B, width)}`` of the modalities beside ``name``, one after the other."""
+        return torch.cat([means[other] for other in self.others(name)], -1)
+
     @contextmanager
     def recording(self) -> Iterator[dict[str, Any]]:
         """A dict that each forward pass in the block fills anew with what it looks at, without gradients.

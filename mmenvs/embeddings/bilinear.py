@@ -88,8 +88,7 @@ class FiLM(Fusion):
         means = {name: masked_mean(tokens[name], masks[name]) for name in self.lengths}
         mixed = {}
         for name in self.lengths:
-            told = torch.cat([means[other] for other in self.others(name)], -1)
-            conditions = self.condition[name](told).chunk(self.ROUNDS, -1)
+            conditions = self.condition[name](self.told(means, name)).chunk(self.ROUNDS, -1)
             x = tokens[name]
             for block, condition in zip(cast(nn.ModuleList, self.rounds[name]), conditions, strict=True):
                 x = block(x, condition)

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,16 +15,15 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from mmenvs.checks import one_of
-from mmenvs.embeddings.extractor import Extractor, Precision
+from mmenvs.embeddings.extractor import Extractor, Precision, prepared
 from mmenvs.embeddings.joint import PREFIX, named_joint
+from mmenvs.embeddings.pretrained import OUTPUTS, Output
 from mmenvs.embeddings.text import text_mask
 from mmenvs.spaces import Modality, modality_of
 
 if TYPE_CHECKING:
     from mmenvs.embeddings.joint import JointEmbedding
 
-Output = Literal["pooled", "tokens"]
-OUTPUTS = ("pooled", "tokens")
 NAMES = ("shapes",)
 CHUNK = 128
 # Raised when what an embedding computes changes though its weights don't.
@@ -153,12 +152,7 @@ class Embedding(nn.Module):
 
     def prepare(self, name: str, x: Tensor) -> Tensor:
         """One raw observation batch as its encoder takes it: pictures channels first, in [0, 1]."""
-        if self.modalities[name] not in ("image", "images"):
-            return x
-        space = cast(spaces.Box, self.observation_space[name])
-        if space.shape[-1] in (1, 3, 4):
-            x = x.movedim(-1, -3)
-        return x.float() / 255.0 if x.dtype == torch.uint8 else x
+        return prepared(x, self.modalities[name], cast(spaces.Box, self.observation_space[name]))
 
     def _finish(self, name: str, x: Tensor, tokens: Tensor) -> Tensor:
         """Pool or mask tokens ``(B, T, d)``."""

@@ -123,7 +123,6 @@ class Extractor(nn.Module):
         self.visible = tuple(observation_space.spaces if visible is None else visible)
         self._without: frozenset[str] = frozenset()
         self.modalities: dict[str, Modality] = {}
-        self._channels_last: dict[str, bool] = {}
         self.encoders = nn.ModuleDict()
         self._lengths: dict[str, int] = {}
         for name, part in observation_space.spaces.items():
@@ -134,7 +133,6 @@ class Extractor(nn.Module):
                 )
             space = cast(spaces.Box, part)
             self.modalities[name] = modality
-            self._channels_last[name] = modality in ("image", "images") and space.shape[-1] in (1, 3, 4)
             self.encoders[name] = _encoder(name, modality, space, encoders.get(name), width)
             self._lengths[name] = self._count_tokens(name, space)
         self._missing(())
@@ -206,11 +204,7 @@ class Extractor(nn.Module):
 
     def prepare(self, name: str, x: Tensor) -> Tensor:
         """One raw observation batch as its encoder takes it: pictures channels first, in [0, 1]."""
-        if self.modalities[name] not in ("image", "images"):
-            return x
-        if self._channels_last[name]:
-            x = x.movedim(-1, -3)
-        return x.float() / 255.0 if x.dtype == torch.uint8 else x
+        return prepared(x, self.modalities[name], cast(spaces.Box, self.observation_space[name]))
 
     @contextmanager
     def without(self, *missing: str) -> Iterator[None]:
@@ -337,6 +331,20 @@ class Extractor(nn.Module):
                 f"got {tokens.shape[1]}"
             )
         return tokens.shape[1]
+
+
+def prepared(x: Tensor, modality: Modality, space: spaces.Box) -> Tensor:
+    """A raw observation batch as encoders take it: pictures channels first, in [0, 1]."""
+    if modality not in ("image", "images"):
+        return x
+    if space.shape[-1] in (1, 3, 4):
+        x = x.movedim(-1, -3)
+    return x.float() / 255.0 if x.dtype == torch.uint8 else x
+
+
+def extractor_in(policy: nn.Module) -> Extractor | None:
+    """The extractor that acts: algorithms keep it in different places, and some another for their targets."""
+    return next((module for module in policy.modules() if isinstance(module, Extractor)), None)
 
 
 def encoders_named(encoder: str, observation_space: spaces.Dict) -> dict[str, str]:

@@ -39,8 +39,7 @@ class Concat(Fusion):
         means = {name: masked_mean(tokens[name], masks[name]) for name in self.lengths}
         mixed = {}
         for name in self.lengths:
-            rest = [means[other] for other in self.others(name)]
-            joined = self.here[name](tokens[name]) + self.there[name](torch.cat(rest, -1)).unsqueeze(1)
+            joined = self.here[name](tokens[name]) + self.there[name](self.told(means, name)).unsqueeze(1)
             mixed[name] = tokens[name] + self.mix[name](torch.relu(joined))
         return self.readout(mixed, masks)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmenvs import spaces as modalities
 from mmenvs.checks import integer_in
 from mmenvs.embeddings.audio import LogMelEncoder
+from mmenvs.embeddings.base import masked_mean
 from mmenvs.embeddings.image import ConvEncoder
 from mmenvs.embeddings.text import TransformerTextEncoder, text_mask
 from mmenvs.files import replacing
@@ -66,11 +67,7 @@ class Pooling(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = torch.relu(self.inner(tokens))  # (B, T, 4 * width)
-        if mask is None:
-            mean = hidden.mean(1)
-        else:
-            weights = mask.unsqueeze(-1).to(hidden.dtype)
-            mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        mean = hidden.mean(1) if mask is None else masked_mean(hidden, mask)
         vector = self.outer(mean).float()
         return F.normalize(vector, dim=-1) * vector.shape[-1] ** 0.5
 
@@ -202,7 +199,7 @@ class ShapesEncoder(nn.Module):
         )
 
     def frozen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled vector and tokens of ``shapes``, without gradients."""
+        """Pooled vector and tokens of the joint embedding, without gradients."""
         shapes = self._frozen[0]
         if next(shapes.parameters()).device != x.device:
             # A copy: others share the one on the CPU.

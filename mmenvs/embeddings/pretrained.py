@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from mmenvs.text import Vocabulary
 
 Train = Literal["frozen", "full", "lora"]
 Output = Literal["pooled", "tokens"]
+OUTPUTS = ("pooled", "tokens")
 LORA_RANK = 8
 
 # What the model must read to encode a modality; a film is read whole or frame by frame.
@@ -61,7 +63,7 @@ class Pretrained:
         if not isinstance(self.source, str) or not self.source:
             raise TypeError(f"source must be a name at Hugging Face or a folder, got {self.source!r}")
         one_of("train", self.train, ("frozen", "full", "lora"))
-        one_of("output", self.output, ("pooled", "tokens"))
+        one_of("output", self.output, OUTPUTS)
         if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
             raise TypeError(f"vocabulary must be an mmenvs.text.Vocabulary, got {self.vocabulary!r}")
         if self.gradient_checkpointing and self.train == "frozen":
@@ -106,7 +108,7 @@ class Pretrained:
                 f"{self.source!r} ({config.model_type}) encodes {' and '.join(kinds)}, it can't encode {modality!r}"
             )
         files.check_folder(folder, self.source, modality == "text")
-        encoder = {
+        encoder: Callable[..., PretrainedEncoder] = {
             ("image", "image"): PictureEncoder,
             ("images", "image"): FramesEncoder,
             ("images", "video"): FilmEncoder,
@@ -117,7 +119,7 @@ class Pretrained:
         return encoder(self, folder, model, has_pooler, space, width)
 
 
-class PretrainedEncoder(nn.Module):
+class PretrainedEncoder(nn.Module, ABC):
     """A pretrained model, then layer normalisation and a linear map that trains.
 
     The model runs in evaluation mode, also when it trains: dropout and masked spectrograms would make the
@@ -155,13 +157,13 @@ class PretrainedEncoder(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.project = nn.Linear(size, width)
 
+    @abstractmethod
     def setup(self, folder: Path, space: spaces.Box) -> Tensor:
         """Read what comes before the model from its folder; gives a batch of one as the extractor prepares it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, x: Tensor) -> tuple[dict[str, Tensor], Any]:
         """Keyword arguments of the model, and whatever is needed to read its output."""
-        raise NotImplementedError
 
     def tokens(self, output: Any, context: Any) -> Tensor:
         """``(B, T, d)`` tokens of the model's output; a grid ``(B, d, H, W)`` in reading order."""

@@ -46,7 +46,7 @@ class PretrainSettings:
         batch: scenes of an update, and questions of an update.
         difficulties: levels of the world; each update takes the next one.
         twins: half of the scenes of an update are twins of the other half, see :class:`PairedScenes`.
-        film: a film of this many frames takes the picture's place in every fourth update; 0 is never.
+        film: films of this many frames take the picture's place in every fourth round of the levels; 0 is never.
         learning_rate: of Adam, at the start; Muon's is 20 times that. Both fall linearly to 2 %.
         seed: of weights and scenes.
         precision: of the encoders, as for :class:`~mmenvs.embeddings.Extractor`; losses are float32.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mmenvs.embeddings.extractor import Extractor
+from mmenvs.embeddings.extractor import Extractor, extractor_in
 from mmenvs.gaze import Gaze
 
 
@@ -30,7 +30,7 @@ class Watched:
 
     def __init__(self, agent: Any) -> None:
         self.agent, self.gaze = agent, Gaze()
-        self.extractor = next((part for part in agent.policy.modules() if isinstance(part, Extractor)), None)
+        self.extractor = extractor_in(agent.policy)
 
     def predict(self, observation: Mapping[str, Any], **arguments: Any) -> Any:
         """As the agent's own, of one observation without a batch axis."""
