@@ -108,6 +108,10 @@ def make_agent(
             raise TypeError(
                 f"encoders[{name!r}] must be a name or Pretrained, which can be saved with the agent, got {encoder!r}"
             )
+        if isinstance(encoder, Pretrained) and encoder.vocabulary is not None:
+            raise ValueError(
+                f"encoders[{name!r}] must have vocabulary=None, the world's: another can't be saved with the agent"
+            )
     cls = _algorithm(algo)
     device = resolve_device(device)
     integer_in("seed", seed, 0, 2**32 - 1)

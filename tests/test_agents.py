@@ -12,6 +12,9 @@ from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.recipes import RECIPES
 from mmenvs_agents.sb3 import load, make_agent, resolve_device, save, train
 
+from mmenvs.embeddings import Pretrained
+from mmenvs.text import Vocabulary
+
 VQA, MATCHING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0"
 SMALL = {"num_envs": 8, "features_dim": 32, "fusion": "concat", "device": "cpu"}
 LITTLE = {
@@ -82,6 +85,10 @@ def test_the_extractor_is_saved_once(tmp_path):
 def test_modules_that_could_not_be_saved_are_refused_at_once():
     with pytest.raises(TypeError, match="can be saved"):
         make_agent("ppo", VQA, encoders={"image": torch.nn.Identity()})
+    with pytest.raises(ValueError, match="vocabulary=None"):
+        make_agent(
+            "ppo", VQA, encoders={"question": Pretrained("some/model", vocabulary=Vocabulary(["red"]))}
+        )
 
 
 def test_same_seed_same_weights():

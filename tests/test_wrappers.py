@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from mmenvs_agents.evaluation import evaluate
+from mmenvs_agents.sb3 import make_agent, save
 from stable_baselines3 import PPO
 from torch import nn
 from typer.testing import CliRunner
@@ -782,3 +783,11 @@ def test_an_environment_that_reuses_its_buffer_is_embedded_anew():
     env = EmbedObservation(Counter(), {"x": Pass()})
     assert (env.reset()[0] == 0).all()
     assert (env.step(0)[0] == 1).all()
+
+
+def test_a_dqn_agents_encoders_fill_a_cache(tmp_path):
+    agent = make_agent("dqn", VQA, num_envs=2, device="cpu", buffer_size=64)
+    save(agent, tmp_path / "agent")
+    arguments = ["embed", VQA, "--pool-size", "4", "--embedding", str(tmp_path / "agent"), "--out"]
+    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "cache")])
+    assert done.exit_code == 0 and "4 scenes" in done.output
