@@ -28,7 +28,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PPORecipe(Recipe):
-    """Proximal policy optimisation (Schulman et al. 2017).
+    """Proximal policy optimisation (Schulman et al. 2017) with self-imitation, see ``imitation.py``.
 
     Entropy is rewarded with ``ent_coef`` at first, less and less until none at the end: without it a policy
     settles on the most frequent answers before it has learned to look.
@@ -38,11 +38,12 @@ class PPORecipe(Recipe):
     arguments: Mapping[str, Any] = field(
         default_factory=lambda: {
             "n_steps": 16,
-            "batch_size": 128,
+            "batch_size": 256,
             "n_epochs": 2,
             "gamma": 1.0,
             "gae_lambda": 0.95,
             "clip_range": 0.2,
+            "imitation": 1.0,
         }
     )
 

@@ -16,13 +16,14 @@ import torch
 from gymnasium.error import NameNotFound
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
+from mmenvs.embeddings.extractor import Extractor
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
@@ -30,6 +31,7 @@ from mmenvs.files import replacing
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 
+from .imitation import SelfImitationPPO
 from .recipes import RECIPES
 
 FORMAT = 1
@@ -165,6 +167,9 @@ def make_agent(
         # With Adam the encoders learn too slowly from a reward alone: matching stays at chance.
         policy: Any = agent.policy
         policy.optimizer = Muon(policy, (policy.action_net, policy.value_net), start)
+    for part in agent.policy.modules():
+        if isinstance(part, Extractor):
+            part.remember()
     # Row i of seed s is row i - 1 of seed s + 1: agents of neighbouring seeds must not learn from the same episodes.
     env.seed(_episode_seed(seed, 0))
     agent.settings = settings  # type: ignore[attr-defined]
@@ -407,4 +412,4 @@ def _algorithm(algo: str) -> type[BaseAlgorithm]:
         except ImportError:
             raise ImportError(f"algo={algo!r} needs sb3-contrib: pip install sb3-contrib") from None
         return sb3_contrib.TRPO if algo == "trpo" else sb3_contrib.QRDQN
-    return PPO if algo == "ppo" else A2C if algo == "a2c" else DQN
+    return SelfImitationPPO if algo == "ppo" else A2C if algo == "a2c" else DQN

@@ -56,7 +56,7 @@ for _fusion in MISSION:
         VQA,
         1,
         "ppo",
-        1_000_000 if _fusion == "cross_attention" else 400_000,
+        400_000,
         {"fusion": _fusion, "encoders": _SHAPES},
     )
 RUNS["vqa-concat"] = Run(VQA, 1, "ppo", 400_000, {"fusion": "concat"})

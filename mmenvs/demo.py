@@ -19,7 +19,7 @@ from mmenvs.files import replacing
 
 ID = "MMRL/VQA-v0"
 DIFFICULTY = 0
-STEPS = 400_000
+STEPS = 200_000
 SHORT_STEPS = 4_096
 BLIND_SHARE = 0.08  # of the steps of the agent that sees everything; blind ones level off early
 EPISODES, SHORT_EPISODES = 2000, 200

@@ -16,7 +16,7 @@ from mmenvs.embeddings import Pretrained
 from mmenvs.text import Vocabulary
 
 VQA, MATCHING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0"
-SMALL = {"num_envs": 8, "features_dim": 32, "fusion": "concat", "device": "cpu"}
+SMALL = {"num_envs": 8, "batch_size": 128, "features_dim": 32, "fusion": "concat", "device": "cpu"}
 LITTLE = {
     "ppo": {"n_steps": 8, "batch_size": 32},
     "a2c": {},

@@ -16,7 +16,8 @@ from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.fusion import FUSIONS, Fusion, Tokens
 from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
 from mmenvs.embeddings.joint import PREFIX, ShapesEncoder
-from mmenvs.embeddings.pretrained import Output, Pretrained, Train
+from mmenvs.embeddings.pretrained import Output, Pretrained, PretrainedEncoder, Train
+from mmenvs.embeddings.recall import Recall
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
 from mmenvs.embeddings.video import FrameEncoder, ViTFrameEncoder
 from mmenvs.spaces import Modality, modality_of
@@ -205,6 +206,19 @@ class Extractor(nn.Module):
     def prepare(self, name: str, x: Tensor) -> Tensor:
         """One raw observation batch as its encoder takes it: pictures channels first, in [0, 1]."""
         return prepared(x, self.modalities[name], cast(spaces.Box, self.observation_space[name]))
+
+    def remember(self, megabytes: int = 256) -> None:
+        """From now on frozen encoders run once for each distinct input, as long as its result is kept.
+
+        Rollouts and epochs of an update see the same observations; on a CPU that is most of what frozen encoders cost.
+        On other devices nothing is kept.
+
+        Args:
+            megabytes: of results, at most, for each frozen encoder; the oldest give way.
+        """
+        for encoder in self.encoders.values():
+            if isinstance(encoder, ShapesEncoder | PretrainedEncoder):
+                encoder.recall = Recall(megabytes)
 
     @contextmanager
     def without(self, *missing: str) -> Iterator[None]:

@@ -26,6 +26,7 @@ from mmenvs.checks import integer_in
 from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.base import masked_mean
 from mmenvs.embeddings.image import ConvEncoder
+from mmenvs.embeddings.recall import Recall
 from mmenvs.embeddings.text import TransformerTextEncoder, text_mask
 from mmenvs.files import replacing
 from mmenvs.spaces import SAMPLE_RATE
@@ -192,6 +193,7 @@ class ShapesEncoder(nn.Module):
         joint = named_joint(name)
         # Not a child: its weights are neither trained nor saved with the agent's.
         self._frozen = [joint]
+        self.recall: Recall | None = None
         self.pooled = nn.Linear(joint.config.dim, width)
         self.tokens = None if self.modality == "images" else nn.Linear(joint.config.width, width)
         self.frames = (
@@ -211,7 +213,12 @@ class ShapesEncoder(nn.Module):
             "audio": shapes.encode_audio,
         }[self.modality]
         with torch.no_grad():
-            return encode(x)
+            if self.recall is None or not x.is_cpu:
+                return encode(x)
+            flat = self.recall(lambda new: torch.cat([part.flatten(1) for part in encode(new)], 1), x)
+        dim = shapes.config.dim
+        size = dim if self.modality == "images" else shapes.config.width
+        return flat[:, :dim], flat[:, dim:].unflatten(1, (-1, size))
 
     def forward(self, x: Tensor) -> Tensor:
         pooled, tokens = self.frozen(x)

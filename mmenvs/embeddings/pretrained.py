@@ -13,6 +13,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from mmenvs.checks import integer_in, one_of
+from mmenvs.embeddings.recall import Recall
 from mmenvs.spaces import Modality
 from mmenvs.text import Vocabulary
 
@@ -150,6 +151,7 @@ class PretrainedEncoder(nn.Module, ABC):
             _add_lora(model)
         self._checkpointed = list(_checkpointing(model)) if chosen.gradient_checkpointing else []
         self._compiled = False
+        self.recall: Recall | None = None
         probe = self.setup(folder, space)
         self.train(self.training)
         with torch.no_grad():
@@ -194,7 +196,12 @@ class PretrainedEncoder(nn.Module, ABC):
             return read.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.norm(self.features(x)))
+        if self.recall is None or not x.is_cpu or self.chosen.train != "frozen":
+            features = self.features(x)
+        else:
+            flat = self.recall(lambda new: self.features(new).flatten(1), x)
+            features = flat.unflatten(1, (-1, self.norm.normalized_shape[0]))
+        return self.project(self.norm(features))
 
     def train(self, mode: bool = True) -> PretrainedEncoder:
         super().train(mode)
