@@ -97,7 +97,7 @@ class Embedding(nn.Module):
             encoded = self._encode_part(name, torch.as_tensor(low, device=device).unsqueeze(0))
             self.dims[name] = (encoded.shape[1], encoded.shape[2])
         self.features_dim = sum(length * d for length, d in self.dims.values())
-        self.fingerprints = {name: self._fingerprint(name) for name in encoders}
+        self.fingerprints = {name: self.fingerprint_of(name) for name in encoders}
         joined = "".join(name + self.fingerprints[name] for name in encoders)
         self.fingerprint = hashlib.sha256(joined.encode()).hexdigest()[:32]
 
@@ -171,7 +171,8 @@ class Embedding(nn.Module):
             pictures = 1
         return tokens.unflatten(1, (pictures, -1)).mean(2)
 
-    def _fingerprint(self, name: str) -> str:
+    def fingerprint_of(self, name: str) -> str:
+        """What ``fingerprints[name]`` is with the code that is installed here."""
         space, encoder = cast(spaces.Box, self.observation_space[name]), self.encoders[name]
         digest = hashlib.sha256()
         told = (_VERSION, self.output, self.precision, self.modalities[name], space.shape, str(space.dtype))

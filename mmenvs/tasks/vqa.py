@@ -129,7 +129,7 @@ class VQA(Task):
         self.ended[rows] = False
         self.chosen[rows] = -1
         self.scores[rows] = 0.0
-        if self.source is None:
+        if self.pool is None:
             questions.ask_rows(self.scenes, self.questions, rows, self.streams, self.level, self.split_id)
         else:
             random.choose_rows(self.streams, rows, self.pool, self.item)
