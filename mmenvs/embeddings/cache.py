@@ -281,11 +281,16 @@ class Section:
         folder.mkdir(parents=True, exist_ok=True)
         with shards.folder_lock(root):
             self.refresh(locked=True)
-            for (path, _), block in self._paths.items():
-                count = self._counts[block]
-                if count <= self.rows // 2 and not shards.is_live(path):
+            for file in list(self._paths):
+                if shards.is_live(file[0]):
+                    continue
+                # Its process may have written more, and ended, since the refresh; from here on nobody can.
+                self._take_in(root, file, True)
+                block = self._paths.get(file)
+                if block is not None and self._counts[block] <= self.rows // 2:
+                    count = self._counts[block]
                     records[:count] = self._blocks[block][:count]
-                    self._writer = shards.Writer(path, size=shards.HEADER.size + 4 * self.width * count)
+                    self._writer = shards.Writer(file[0], size=shards.HEADER.size + 4 * self.width * count)
                     self.drop(block)
                     return count
             size = shards.HEADER.size + 4 * self.width * self.rows
