@@ -203,7 +203,9 @@ def _settings(given: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
 @app.command()
 def compare(
     envs: Annotated[str, typer.Option(help="Environments, such as MMRL/VQA-v0,MMRL/AudioVisualMatching-v0.")],
-    embeddings: Annotated[str, typer.Option(help="ENCODER+FUSION, such as cnn+concat,shapes+transformer.")],
+    embeddings: Annotated[
+        str, typer.Option(help="ENCODER+FUSION, such as cnn+concat,shapes+transformer,hf:NAME+gated.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for rows and report; what it holds isn't run again.")],
     algorithms: Annotated[str, typer.Option("--agents", help="Algorithms, such as ppo,a2c.")] = "ppo",
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each.")] = 3,
@@ -211,6 +213,9 @@ def compare(
     difficulty: Annotated[str, typer.Option(help="0 to 3; several: 0,1.")] = "0",
     image_size: Annotated[str, typer.Option(help="Sizes of pictures, such as 64,96.")] = "",
     seconds: Annotated[str, typer.Option(help="Lengths of sounds, such as 0.5,1.")] = "",
+    filler: Annotated[
+        str, typer.Option(help="Words that tell nothing before a question, such as 0,20.")
+    ] = "",
     features_dim: Annotated[str, typer.Option(help="Widths of the fused vector, such as 128,256.")] = "",
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
     episodes: Annotated[int, typer.Option(min=4, help="Episodes of an evaluation.")] = 2000,
@@ -227,6 +232,7 @@ def compare(
             "difficulty": tuple(parse_difficulty(level) for level in _parts("difficulty", difficulty)),
             "image_size": _numbers("image-size", image_size, int),
             "seconds": _numbers("seconds", seconds, float),
+            "filler": _numbers("filler", filler, int),
         }
         grid = comparison.Grid(
             envs=_parts("envs", envs),

@@ -350,17 +350,33 @@ def extractor_in(policy: nn.Module) -> Extractor | None:
 def encoders_named(encoder: str, observation_space: spaces.Dict) -> dict[str, str]:
     """``encoder`` for each observation whose modality has it; the others take their default.
 
+    Args:
+        encoder: a name in ``ENCODERS``, ``"joint:PATH"``, or ``"hf:"`` and the name or folder of a pretrained model.
+        observation_space: of a single environment.
+
     Raises:
         ValueError: if no modality of the observations has it, with those that one has.
+        FileNotFoundError: if there is no such pretrained model.
     """
-    modalities = {name: modality_of(part) for name, part in observation_space.items()}
-    if encoder.startswith(PREFIX):
-        return {name: encoder for name, modality in modalities.items() if "shapes" in ENCODERS[modality]}
-    chosen = {name: encoder for name, modality in modalities.items() if encoder in ENCODERS[modality]}
+    chosen = encoders_fitting(encoder, observation_space)
     if not chosen:
-        allowed = dict.fromkeys(each for modality in modalities.values() for each in ENCODERS[modality])
-        raise ValueError(f"encoder must be one of {', '.join(allowed)} or joint:DIR, got {encoder!r}")
+        modalities = dict.fromkeys(modality_of(part) for part in observation_space.values())
+        allowed = dict.fromkeys(each for modality in modalities for each in ENCODERS[modality])
+        raise ValueError(
+            f"encoder must be one of {', '.join(allowed)}, joint:DIR, or hf: and a model that encodes "
+            f"{' or '.join(modalities)}, got {encoder!r}"
+        )
     return chosen
+
+
+def encoders_fitting(encoder: str, observation_space: spaces.Dict) -> dict[str, str]:
+    """As :func:`encoders_named`, but empty where no modality has it."""
+    modalities = {name: modality_of(part) for name, part in observation_space.items()}
+    if encoder.startswith(HUGGING_FACE):
+        model = Pretrained(encoder.removeprefix(HUGGING_FACE))
+        return {name: encoder for name, modality in modalities.items() if model.fits(modality)}
+    known = "shapes" if encoder.startswith(PREFIX) else encoder
+    return {name: encoder for name, modality in modalities.items() if known in ENCODERS[modality]}
 
 
 def _known_names(argument: str, given: Iterable[str], known: Iterable[str]) -> None:
