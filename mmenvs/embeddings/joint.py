@@ -232,3 +232,12 @@ class ShapesEncoder(nn.Module):
         if self.tokens is None:
             return self.pooled(tokens) + self.frames  # (B, K, width)
         return self.tokens(tokens) + self.pooled(pooled).unsqueeze(1)  # (B, T, width)
+
+
+def joint_hashes(policy: nn.Module) -> dict[str, str]:
+    """The :func:`weights_hash` of the joint embedding behind each :class:`ShapesEncoder` of an agent, by observation.
+
+    An agent is saved without these weights, and makes nothing of the tokens of another embedding.
+    """
+    encoders = {path: module for path, module in policy.named_modules() if isinstance(module, ShapesEncoder)}
+    return {path.rsplit(".", 1)[-1]: weights_hash(encoder.joint) for path, encoder in encoders.items()}
