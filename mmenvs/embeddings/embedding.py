@@ -19,7 +19,7 @@ from mmenvs.embeddings.extractor import Extractor, Precision, prepared
 from mmenvs.embeddings.joint import PREFIX, named_joint
 from mmenvs.embeddings.pretrained import OUTPUTS, Output
 from mmenvs.embeddings.text import text_mask
-from mmenvs.spaces import Modality, modality_of
+from mmenvs.spaces import Modality, modality_of, picture_shape
 
 if TYPE_CHECKING:
     from mmenvs.embeddings.joint import JointEmbedding
@@ -317,8 +317,9 @@ def _same_spaces(extractor: Extractor, observation_space: spaces.Dict) -> None:
         sizes, words = [], []
         for space in (extractor.observation_space[name], part):
             shape = tuple(space.shape or ())
-            if extractor.modalities[name] in ("image", "images") and shape[-1] not in (1, 3, 4):
-                shape = (*shape[:-3], *shape[-2:], shape[-3])
+            if extractor.modalities[name] in ("image", "images"):
+                channels, height, width = picture_shape(shape)
+                shape = (*shape[:-3], height, width, channels)
             sizes.append(shape)
             is_text = extractor.modalities[name] == "text"
             words.append(int(cast(spaces.Box, space).high.max()) + 1 if is_text else 0)

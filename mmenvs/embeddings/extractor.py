@@ -19,7 +19,7 @@ from mmenvs.embeddings.joint import PREFIX, ShapesEncoder
 from mmenvs.embeddings.pretrained import Output, Pretrained, Train
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
 from mmenvs.embeddings.video import FrameEncoder, ViTFrameEncoder
-from mmenvs.spaces import Modality, modality_of
+from mmenvs.spaces import Modality, channels_last, modality_of
 from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
@@ -337,7 +337,7 @@ def prepared(x: Tensor, modality: Modality, space: spaces.Box) -> Tensor:
     """A raw observation batch as encoders take it: pictures channels first, in [0, 1]."""
     if modality not in ("image", "images"):
         return x
-    if space.shape[-1] in (1, 3, 4):
+    if channels_last(space.shape):
         x = x.movedim(-1, -3)
     return x.float() / 255.0 if x.dtype == torch.uint8 else x
 
