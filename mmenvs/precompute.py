@@ -104,8 +104,12 @@ def embed_parts(
 
     Returns:
         How many are done, of all parts together, after each slice.
+
+    Raises:
+        OSError: if the cache's folder can't be written any more; what was written stays.
     """
     done = 0
+    folder = encoder.cache and encoder.cache.folder
     sections: dict[str, Any] = {part.name: encoder.section(part.name) for part in parts}
 
     def lacking() -> Iterator[Part]:
@@ -120,6 +124,10 @@ def embed_parts(
 
     for part, encoded in (engine or _here)(task, encoder, lacking()):
         sections[part.name].store(part.keys, encoded)
+        if encoder.cache and encoder.cache.folder != folder:
+            raise OSError(
+                f"the cache {str(folder)!r} is full; what is in it stays, and the same work goes on there"
+            )
         done += len(part)
         yield done
     yield done

@@ -1,5 +1,6 @@
 """Embedding all that an environment can show: pools and sources, stops, the command, Ray."""
 
+import resource
 import subprocess
 import sys
 
@@ -193,6 +194,20 @@ app(["embed", "{VQA}", "--pool-size", "600", "--out", {str(tmp_path)!r}])
     run(VQA, "--pool-size", 600, "--out", tmp_path)
     # Two of its slices of 256 were there.
     assert sum(n for _, n in computed) == 1200 - 512
+
+
+def test_a_disk_that_is_full_is_an_error(tmp_path, computed):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="nothing more is written"):
+            said = run(VQA, "--pool-size", 600, "--out", tmp_path, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "is full; what is in it stays" in said
+    kept = 256  # its first slice; a second one is larger than the file may be
+    run(VQA, "--pool-size", 600, "--out", tmp_path)
+    assert sum(n for _, n in computed) == 1200 + 512 - kept
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def prepared(x: Tensor, modality: Modality, space: spaces.Box) -> Tensor:
         return x
     if channels_last(space.shape):
         x = x.movedim(-1, -3)
-    return x.float() / 255.0 if x.dtype == torch.uint8 else x
+    return x.float().div_(255.0) if x.dtype == torch.uint8 else x
 
 
 def extractor_in(policy: nn.Module) -> Extractor | None:
