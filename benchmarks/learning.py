@@ -52,7 +52,13 @@ _SHAPES = {"image": "shapes", "question": "shapes"}
 for _fusion in MISSION:
     RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 70_000, {"fusion": _fusion})
     # From pixels level 1 takes too long for a CPU; so the pretrained embedding that ships sees and reads.
-    RUNS[f"vqa-shapes-{_fusion}"] = Run(VQA, 1, "ppo", 250_000, {"fusion": _fusion, "encoders": _SHAPES})
+    RUNS[f"vqa-shapes-{_fusion}"] = Run(
+        VQA,
+        1,
+        "ppo",
+        1_000_000 if _fusion == "cross_attention" else 400_000,
+        {"fusion": _fusion, "encoders": _SHAPES},
+    )
 RUNS["vqa-concat"] = Run(VQA, 1, "ppo", 400_000, {"fusion": "concat"})
 RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 300_000, {"fusion": "concat"})
 for _seen in ("question", "image"):
@@ -66,7 +72,7 @@ RUNS["captioning-caption-only"] = Run(
 )
 
 
-def execute(name: str, run: Run, episodes: int, steps: int | None) -> dict[str, Any]:
+def execute(name: str, run: Run, episodes: int, steps: int | None, keep: Path | None) -> dict[str, Any]:
     """Train and score one run; a row of the table."""
     env_kwargs = {"difficulty": run.difficulty}
     begin, cpu = time.perf_counter(), time.process_time()
@@ -74,7 +80,7 @@ def execute(name: str, run: Run, episodes: int, steps: int | None) -> dict[str, 
     total = run.steps and (steps or run.steps)
     if run.steps:
         player = make_agent(run.agent, run.id, env_kwargs=env_kwargs, seed=0, device="cpu", **run.arguments)
-        train(player, total, progress=False)
+        train(player, total, keep and keep / name, progress=False)
     trained, trained_cpu = time.perf_counter() - begin, time.process_time() - cpu
     result = evaluate(player, run.id, split="test", episodes=episodes, env_kwargs=env_kwargs)
     commit = subprocess.run(
@@ -135,13 +141,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS), metavar="RUN")
     parser.add_argument("--episodes", type=int, default=2000)
     parser.add_argument("--steps", type=int, help="in place of each run's own budget")
+    parser.add_argument("--keep", type=Path, help="folder for the agents, their logs and checkpoints")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
     options = parser.parse_args()
     path = options.out / "learning.jsonl"
     if not options.table:
         options.out.mkdir(parents=True, exist_ok=True)
         for name in options.only:
-            row = execute(name, RUNS[name], options.episodes, options.steps)
+            row = execute(name, RUNS[name], options.episodes, options.steps, options.keep)
             with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{name}: {row['score']:.3f}", flush=True)

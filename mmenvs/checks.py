@@ -23,6 +23,13 @@ def integer_in(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_image_size(value: Any) -> int:
     """An even picture size from 32 to 512 pixels."""
     size = integer_in("image_size", value, 32, 512)

@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from mmenvs import rewards
 from mmenvs import spaces as modalities
-from mmenvs.checks import check_image_size
+from mmenvs.checks import check_flag, check_image_size
 from mmenvs.tasks.base import Rows, Task, check_no_pool
 from mmenvs.text import END, PAD, START, UNKNOWN
 from mmenvs.world import captions, random, render, scene
@@ -63,6 +63,10 @@ class Captioning(Task):
     (`mmenvs.world.captions.score_rows`).
     Relations and, at difficulty 0 with its only texture, textures needn't be told, but have to be right.
 
+    `shaping=True` pays earlier what is earned earlier: each word also gets the change it makes in the scene F1 of
+    the words so far, and the last one gives back their sum, so that the return stays the same
+    (potential-based shaping). An object that is right pays as soon as its shape is named, one that is wrong costs.
+
     `reward=` chooses another reward out of these parts, which are also reported at the end:
 
     | part | range | meaning |
@@ -104,6 +108,7 @@ class Captioning(Task):
       such as `{"scene_f1": 1.0, "hallucination": -0.5}`, or a function from the parts of m ended captions,
       `{name: float64 (m,)}`, to m rewards.
     * `source=None`: a reader such as `mmenvs.datasets.CocoCaptions`.
+    * `shaping=False`: True pays each word for what it changes, see Rewards. Not with a source.
     * `pool_size=None`: None draws every scene anew; N draws from a finite pool of N scenes of the split, whose
       embeddings can be cached whole. `task.pool_index` says which one it is. Not with a source.
     * `text="ids"`: `"string"` gives the caption as a sentence.
@@ -112,7 +117,8 @@ class Captioning(Task):
 
     Rennie et al. 2017, "Self-critical sequence training for image captioning"; Vedantam et al. 2015,
     "CIDEr"; Anderson et al. 2016, "SPICE: semantic propositional image caption evaluation", whose F-measure
-    over facts the scene F1 takes over; Rohrbach et al. 2018, "Object hallucination in image captioning".
+    over facts the scene F1 takes over; Rohrbach et al. 2018, "Object hallucination in image captioning"; Ng, Harada
+    and Russell 1999, "Policy invariance under reward transformations".
 
     ## Version History
 
@@ -130,11 +136,17 @@ class Captioning(Task):
         image_size: int = 64,
         reward: Reward | None = None,
         source: CaptionSource | None = None,
+        shaping: bool = False,
         pool_size: int | None = None,
     ) -> None:
         super().__init__(num_envs, split=split, difficulty=difficulty, pool_size=pool_size)
         self.image_size = check_image_size(image_size)
         self.source = source
+        self.shaping = check_flag("shaping", shaping)
+        if shaping and source is not None:
+            raise ValueError(
+                "shaping must be False with a source, whose pictures have no scene to compare with"
+            )
         if source is None:
             self.parts: tuple[str, ...] = _PARTS
             self.vocabulary, self.limit = VOCABULARY, captions.caption_limit(self.level)
@@ -163,11 +175,13 @@ class Captioning(Task):
         self.scores: Scores = {name: np.zeros(num_envs) for name in self.parts}
         self.success = np.zeros(num_envs, np.bool_)
         self.ended = np.zeros(num_envs, np.bool_)
+        self.earned = np.zeros(num_envs)  # what shaping has paid in the episode
 
     def sample(self, rows: Rows) -> None:
         self.ended[rows] = False
         self.success[rows] = False
         self.lengths[rows] = 0
+        self.earned[rows] = 0.0
         self.captions[rows, 1:] = PAD
         for values in self.scores.values():
             values[rows] = 0.0
@@ -204,7 +218,17 @@ class Captioning(Task):
                 self.lengths[rows] -= 1
                 self.ended[rows] = False
                 raise
+        if self.shaping:
+            worth = np.where(ended, 0.0, self._scene_scores(rows)[:, captions.F1])
+            gains += worth - self.earned[rows]
+            self.earned[rows] = worth
         return gains, ended
+
+    def _scene_scores(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Scores of the words so far against the scenes, the columns of ``captions.score_rows``."""
+        scored = np.empty((rows.size, 4))
+        captions.score_rows(self.scenes, rows, self.captions[rows, 1:], self.level.textures, scored)
+        return scored
 
     def _score(self, rows: Rows) -> npt.NDArray[np.float64]:
         """Fill in all parts of the finished captions of ``rows``; returns their rewards."""
@@ -220,8 +244,7 @@ class Captioning(Task):
             "length": (self.lengths[rows] - closed) / self.limit,
         }
         if self.source is None:
-            scored = np.empty((rows.size, 4))
-            captions.score_rows(self.scenes, rows, said, self.level.textures, scored)
+            scored = self._scene_scores(rows)
             parts |= {"scene_f1": scored[:, captions.F1], "hallucination": scored[:, captions.HALLUCINATION]}
             self.success[rows] = parts["scene_f1"] == 1.0
         else:
