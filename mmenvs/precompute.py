@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmenvs.embeddings.cache import Keys, hash_rows, pool_keys
+from mmenvs.embeddings.keys import Keys, hash_rows, pool_keys
 from mmenvs.embeddings.shards import record_bytes
 from mmenvs.tasks.base import Rows, Task
 from mmenvs.wrappers import Encoded, Encoder, pool_names, room

@@ -15,9 +15,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from mmenvs.embeddings.cache import EmbeddingCache, Keys, Section, hash_rows, pool_keys
+from mmenvs.embeddings.cache import EmbeddingCache, Section
 from mmenvs.embeddings.embedding import Embedding, Output, load_embedding, resolve_device
 from mmenvs.embeddings.extractor import Extractor
+from mmenvs.embeddings.keys import Keys, hash_rows, pool_keys
 from mmenvs.tasks.base import Task
 from mmenvs.vector import MultimodalVectorEnv
 

@@ -19,7 +19,8 @@ from xxhash import xxh3_128_intdigest
 
 from mmenvs.embeddings import cache as module
 from mmenvs.embeddings import shards
-from mmenvs.embeddings.cache import EmbeddingCache, hash_rows, pool_keys
+from mmenvs.embeddings.cache import EmbeddingCache
+from mmenvs.embeddings.keys import hash_rows, pool_keys
 
 ONE, OTHER = "a" * 32, "b" * 32
 
