@@ -202,7 +202,7 @@ class Section:
             try:
                 self._writer.append(records.reshape(-1).data.cast("B"))
             except OSError as error:
-                # The block stays whole in memory; its file ends before these records.
+                # The block stays whole in memory; its file has the first of these records at most.
                 self._writer.close()
                 self._writer = None
                 self.cache.blocks.append((self, block))
