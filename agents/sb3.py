@@ -25,6 +25,7 @@ from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Extractor
 from mmenvs.embeddings.fusion import FUSIONS
+from mmenvs.embeddings.joint import joint_hashes
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
@@ -311,6 +312,7 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "steps": steps,
         "settings": settings,
+        "joints": joint_hashes(agent.policy),
         "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
     }
     text = json.dumps(document, indent=2)
@@ -341,7 +343,7 @@ def load(
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
-        ValueError: if the files are damaged or of another format.
+        ValueError: if the files are damaged or of another format, or if it was trained on another joint embedding.
     """
     path = Path(folder)
     if not (path / "settings.json").is_file():
@@ -361,6 +363,7 @@ def load(
     try:
         settings = dict(document["settings"])
         steps = int(document["steps"])
+        joints = dict(document.get("joints", {}))
         recipe = dict(settings.pop("recipe"))
         arguments = recipe.pop("arguments")
         arguments.pop("ent_coef", None)
@@ -381,6 +384,13 @@ def load(
         raise
     except Exception as error:
         raise ValueError(f"{problem}its settings can't be used: {error}") from error
+    found = joint_hashes(agent.policy)
+    for name, known in joints.items():
+        if found.get(name) != known:
+            raise ValueError(
+                f"{problem}its encoder of {name!r} was trained on the joint embedding {known}, but "
+                f"{settings['encoders'].get(name)!r} is {found.get(name)} here: take the weights that it knows, or train anew"
+            )
     for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{str(path / name)!r} is missing")

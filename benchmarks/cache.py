@@ -25,7 +25,7 @@ import torch
 from xxhash import xxh3_128_digest
 
 from mmenvs.embeddings import EmbeddingCache, load_embedding
-from mmenvs.embeddings.cache import hash_rows, pool_keys
+from mmenvs.embeddings.keys import hash_rows, pool_keys
 from mmenvs.wrappers import VectorEmbedObservation
 
 ROWS, DIM, ITEMS = 1024, 256, 100_000

@@ -29,8 +29,9 @@ from stable_baselines3 import PPO
 
 from mmenvs.embeddings import EmbeddingCache, load_embedding
 from mmenvs.integrations.sb3 import make_vec_env
+from mmenvs.precompute import embed_parts, parts_of
 from mmenvs.world.pairs import PairedScenes
-from mmenvs.wrappers import VectorEmbedObservation, embed_pool
+from mmenvs.wrappers import VectorEmbedObservation
 
 ID, POOL = "MMRL/VQA-v0", 20_000
 # An MLP does 512 rows in hardly more time than 128, a CNN does not.
@@ -105,7 +106,7 @@ def main() -> None:
     }
     envs: Any = gym.make_vec(ID, num_envs=500, pool_size=POOL)
     cached = agents[list(agents)[2]].get_env().env
-    for _ in embed_pool(envs.task, cached.encoder):
+    for _ in embed_parts(envs.task, cached.encoder, parts_of(envs.task, cached.encoder)):
         pass
     rates = bursts(agents, options.bursts, options.rollouts)
     base = next(iter(rates.values()))

@@ -166,7 +166,7 @@ def train(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Of every modality that has it: cnn (default), vit, shapes, joint:DIR, transformer, ..."
+            help="Of every modality that has it: cnn (default), vit, shapes, joint:DIR, hf:NAME, transformer, ..."
         ),
     ] = None,
     steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",

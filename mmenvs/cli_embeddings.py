@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from mmenvs.checks import one_of
 from mmenvs.cli import (
     Device,
     Id,
+    Source,
     Split,
     agents,
     app,
     load_agent,
+    open_source,
     parse_difficulty,
     parse_list,
     parse_steps,
     user_errors,
 )
-from mmenvs.registry import task_class
+from mmenvs.registry import SPECS, task_class
 
 Number = TypeVar("Number", int, float)
 
@@ -86,39 +91,67 @@ def pretrain(
 @app.command()
 def embed(
     id: Id,
-    pool_size: Annotated[int, typer.Option(help="Scenes of the pool; pool_size= of the environment.")],
+    pool_size: Annotated[
+        int | None,
+        typer.Option(help="Scenes of the pool, pool_size= of the environment; 50000 without a source."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("cache"),
-    embedding: Annotated[str, typer.Option(help="shapes, or the folder of a trained agent.")] = "shapes",
+    embedding: Annotated[
+        str, typer.Option(help="shapes, joint:DIR, or the folder of a trained agent.")
+    ] = "shapes",
     output: Annotated[str, typer.Option(help="pooled or tokens.")] = "pooled",
     split: Split = "train",
     difficulty: Annotated[str, typer.Option(help="0 to 3.")] = "0",
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side; default is the environment's.")
+    ] = None,
+    source: Source = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other argument of the environment: candidates=3."
+        ),
+    ] = None,
     budget_mb: Annotated[int, typer.Option(min=1, help="Megabytes that the cache may take.")] = 2048,
+    engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster: auto or HOST:PORT; default is this machine.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Embed a whole pool of scenes into a cache; the same command goes on after a stop."""
+    """Embed a pool of scenes, or all of a data set, into a cache; the same command goes on after a stop."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from mmenvs import precompute
     from mmenvs.embeddings import EmbeddingCache
     from mmenvs.embeddings.embedding import NAMES
     from mmenvs.embeddings.extractor import extractor_in
     from mmenvs.embeddings.joint import PREFIX
-    from mmenvs.wrappers import Encoder, embed_pool, pool_bytes
+    from mmenvs.env import load_and_check
+    from mmenvs.wrappers import Encoder
 
     with user_errors():
-        level = parse_difficulty(difficulty)
+        one_of("engine", engine, ("local", "ray"))
+        if address is not None and engine != "ray":
+            raise ValueError(f"address is for engine='ray', got {address!r} with engine={engine!r}")
         if out.exists() and not out.is_dir():
             raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-        task = task_class(id)(
-            256,
-            split=split,
-            difficulty=level,
-            image_size=image_size,  # type: ignore[call-arg]
-            pool_size=pool_size,
-        )
+        kwargs: dict[str, Any] = {"split": split, "difficulty": parse_difficulty(difficulty)}
+        if image_size is not None:
+            kwargs["image_size"] = image_size
+        if pool_size is None and source is None:
+            pool_size = precompute.POOL_SIZE
+            typer.echo(f"a pool of {pool_size:,} scenes, as no --pool-size was given")
+        if pool_size is not None:
+            kwargs["pool_size"] = pool_size
+        cls = task_class(id)
+        kwargs |= _settings(arguments or [], kwargs)
+        if source is not None:
+            kwargs["source"] = open_source(source, id)
+        task = load_and_check(cls, 256, "ids", {**SPECS[id].kwargs, **kwargs})
         chosen: Any = embedding
         if Path(embedding).is_dir():
-            chosen = extractor_in(load_agent(Path(embedding), device, None)[0].policy)
+            chosen = extractor_in(load_agent(Path(embedding), device, source)[0].policy)
         elif embedding not in NAMES and not embedding.startswith(PREFIX):
             raise ValueError(
                 f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "
@@ -126,11 +159,19 @@ def embed(
             )
         cache = EmbeddingCache(out, budget_mb)
         encoder = Encoder(chosen, task.observation_space, output, device, cache)  # type: ignore[arg-type]
-        columns = ("scenes", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        parts = precompute.parts_of(task, encoder)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
-            steps = embed_pool(task, encoder)
+            if engine == "ray":
+                from mmenvs.integrations import ray
+
+                steps = precompute.embed_parts(
+                    task, encoder, parts, partial(ray.on_ray, address=address), ray.SLICE
+                )
+            else:
+                steps = precompute.embed_parts(task, encoder, parts)
             with Progress(*columns, refresh_per_second=2) as bar:
-                line = bar.add_task("", total=pool_size)
+                line = bar.add_task("", total=sum(map(len, parts)))
                 for done in steps:
                     bar.update(line, completed=done)
         except KeyboardInterrupt:
@@ -138,14 +179,33 @@ def embed(
             raise typer.Exit(130) from None
         finally:
             cache.close()
-    names = ", ".join(name for name in encoder.names if name in task.fixed)
-    typer.echo(f"{names} of {pool_size:,} scenes in {out}: {pool_bytes(task, encoder) / 2**20:.1f} MB")
+    told = ", ".join(part.name if source is None else f"{len(part):,} x {part.name}" for part in parts)
+    whose = f"{task.count_items():,} {'scenes' if source is None else 'items'}"
+    typer.echo(f"{told} of {whose} in {out}: {precompute.cache_bytes(parts, encoder) / 2**20:.1f} MB")
+
+
+def _settings(given: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an environment in texts such as ``candidates=3``; values are JSON, or else plain text."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not (name and sign and value):
+            raise ValueError(f"--set must be NAME=VALUE such as candidates=3, got {text!r}")
+        if name in settings or name in known or name == "source":
+            raise ValueError(f"--set {text}: {name} is given twice, or has an option of its own")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
 @app.command()
 def compare(
     envs: Annotated[str, typer.Option(help="Environments, such as MMRL/VQA-v0,MMRL/AudioVisualMatching-v0.")],
-    embeddings: Annotated[str, typer.Option(help="ENCODER+FUSION, such as cnn+concat,shapes+transformer.")],
+    embeddings: Annotated[
+        str, typer.Option(help="ENCODER+FUSION, such as cnn+concat,shapes+transformer,hf:NAME+gated.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for rows and report; what it holds isn't run again.")],
     algorithms: Annotated[str, typer.Option("--agents", help="Algorithms, such as ppo,a2c.")] = "ppo",
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each.")] = 3,
@@ -153,6 +213,9 @@ def compare(
     difficulty: Annotated[str, typer.Option(help="0 to 3; several: 0,1.")] = "0",
     image_size: Annotated[str, typer.Option(help="Sizes of pictures, such as 64,96.")] = "",
     seconds: Annotated[str, typer.Option(help="Lengths of sounds, such as 0.5,1.")] = "",
+    filler: Annotated[
+        str, typer.Option(help="Words that tell nothing before a question, such as 0,20.")
+    ] = "",
     features_dim: Annotated[str, typer.Option(help="Widths of the fused vector, such as 128,256.")] = "",
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
     episodes: Annotated[int, typer.Option(min=4, help="Episodes of an evaluation.")] = 2000,
@@ -169,6 +232,7 @@ def compare(
             "difficulty": tuple(parse_difficulty(level) for level in _parts("difficulty", difficulty)),
             "image_size": _numbers("image-size", image_size, int),
             "seconds": _numbers("seconds", seconds, float),
+            "filler": _numbers("filler", filler, int),
         }
         grid = comparison.Grid(
             envs=_parts("envs", envs),

@@ -22,10 +22,12 @@ class Gaze(NamedTuple):
     Attributes:
         heat: float ``(K, h, w)`` in [0, 1], for each cell of each picture; None draws none.
         weights: share of each observation, by name; together 1. None draws none.
+        caption: what that is, in words.
     """
 
     heat: npt.NDArray[np.float32] | None = None
     weights: Mapping[str, float] | None = None
+    caption: str = ""
 
 
 _current: ContextVar[Gaze] = ContextVar("gaze", default=Gaze())  # noqa: B039, a tuple of None

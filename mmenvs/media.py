@@ -87,7 +87,8 @@ def panel(
         text_x, text_y = _MARGIN, _MARGIN + strip + grid_height + _GAP
         bottom = text_y + max(4, len(wrapped)) * _LEADING
     bar = 0 if gaze.weights is None else BAR
-    size = (_even(body + 2 * _MARGIN), _even(bottom + bar + _MARGIN))
+    caption = _wrap(gaze.caption, body) if gaze.caption else []
+    size = (_even(body + 2 * _MARGIN), _even(bottom + len(caption) * _LEADING + bar + _MARGIN))
     image = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(image)
     if audio is not None:
@@ -110,8 +111,11 @@ def panel(
             )
     for number, (text, colour) in enumerate(wrapped):
         draw.text((text_x, text_y + number * _LEADING), text, COLOURS[colour], _font())
+    for number, text in enumerate(caption):
+        draw.text((_MARGIN, bottom + number * _LEADING + 4), text, COLOURS["grey"], _font())
     if gaze.weights is not None:
-        draw_weights(draw, gaze.weights, _MARGIN, bottom + _GAP, body, _font())
+        below = bottom + len(caption) * _LEADING + _GAP
+        draw_weights(draw, gaze.weights, _MARGIN, below, body, _font())
     return np.asarray(image)
 
 

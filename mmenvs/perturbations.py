@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmenvs.checks import integer_in, one_of
-from mmenvs.embeddings.cache import hash_rows
+from mmenvs.embeddings.keys import hash_rows
 from mmenvs.text import END, PAD, START, UNKNOWN
 
 Array = npt.NDArray[Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ from gymnasium import spaces
 
 Modality = Literal["image", "images", "text", "audio", "vector", "tokens"]
 SAMPLE_RATE = 16_000
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 
 def image(size: int) -> spaces.Box:
@@ -34,6 +36,29 @@ def audio(samples: int) -> spaces.Box:
 def tokens(count: int, size: int) -> spaces.Box:
     """Vectors that a frozen encoder left, ``(count, size)`` float32, unbounded."""
     return spaces.Box(-np.inf, np.inf, (count, size), np.float32)
+
+
+def channels_last(shape: Sequence[int]) -> bool:
+    """Whether the channels of a picture ``(H, W, C)``, or of a set ``(K, H, W, C)``, stand last.
+
+    They do where the last axis can be channels: 1, 3 or 4. Otherwise they stand before height and width.
+    """
+    return shape[-1] in _CHANNELS
+
+
+def picture_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of a picture, or of each one of a set, wherever its channels stand.
+
+    Raises:
+        ValueError: if neither end is 1, 3 or 4.
+    """
+    if len(shape) not in (3, 4) or not (channels_last(shape) or shape[-3] in _CHANNELS):
+        raise ValueError(
+            "pictures must be (H, W, C) or (C, H, W), sets of them (K, H, W, C) or (K, C, H, W), with C 1, 3 or 4, "
+            f"got {tuple(shape)}"
+        )
+    *_, first, middle, last = shape
+    return (last, first, middle) if channels_last(shape) else (first, middle, last)
 
 
 def modality_of(space: spaces.Space) -> Modality:

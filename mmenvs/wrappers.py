@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -15,10 +15,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from mmenvs.embeddings.cache import EmbeddingCache, Keys, Section, hash_rows, pool_keys
+from mmenvs.embeddings.cache import EmbeddingCache, Section
 from mmenvs.embeddings.embedding import Embedding, Output, load_embedding, resolve_device
 from mmenvs.embeddings.extractor import Extractor
-from mmenvs.embeddings.shards import record_bytes
+from mmenvs.embeddings.keys import Keys, hash_rows, pool_keys
 from mmenvs.tasks.base import Task
 from mmenvs.vector import MultimodalVectorEnv
 
@@ -77,12 +77,12 @@ class Encoder:
         """
         section = self.section(name)
         if section is None:
-            return self._forward(name, rows)
+            return self.forward(name, rows)
         keys = hash_rows(rows) if keys is None else keys
         values, hit = section.lookup(keys)
         if not hit.all():
             missing = ~hit
-            values[missing] = fresh = self._forward(name, rows[missing])
+            values[missing] = fresh = self.forward(name, rows[missing])
             section.store(keys[missing], fresh)
         return values
 
@@ -99,7 +99,8 @@ class Encoder:
             return np.concatenate([encoded[name] for name in self.names], 1)
         return {name: encoded[name].reshape(-1, *self.embedding.dims[name]) for name in self.names}
 
-    def _forward(self, name: str, rows: Array) -> Encoded:
+    def forward(self, name: str, rows: Array) -> Encoded:
+        """Encodings ``(n, T * d)`` float32 of raw observations ``(n, ...)`` of one name, whatever is cached."""
         x = torch.as_tensor(rows).to(self.device)
         return self.embedding.encode({name: x})[name].flatten(1).cpu().numpy()
 
@@ -251,61 +252,8 @@ def _not_embedded(env: Any, space: spaces.Space) -> None:
         env = env.env
 
 
-def pool_bytes(task: Task, encoder: Encoder) -> int:
-    """Bytes that the embeddings of a task's whole pool take in a cache."""
-    dims = [dims for name, dims in encoder.embedding.dims.items() if name in task.fixed]
-    return (task.pool_size or 0) * sum(record_bytes(length * d) for length, d in dims)
-
-
-def embed_pool(task: Task, encoder: Encoder) -> Iterator[int]:
-    """Bring the embeddings of a task's whole pool into the encoder's cache, ``num_envs`` items at a time.
-
-    What is there already isn't computed again. Only observations that are fixed in an episode belong to a pool.
-
-    Args:
-        task: with ``pool_size``; its rows are used up.
-        encoder: with a cache.
-
-    Returns:
-        How many items are done, step by step; the arguments are checked before the first.
-
-    Raises:
-        ValueError: if task or encoder lack pool or cache, or the cache's budget is too small.
-    """
-    if task.pool_size is None or encoder.cache is None:
-        raise ValueError("embed_pool needs a task with pool_size and an encoder with a cache")
-    names, size = pool_names(task), pool_bytes(task, encoder)
-    # Shards that are being written count as full.
-    if size + len(names) * encoder.cache.shard_bytes > encoder.cache.budget:
-        raise ValueError(
-            f"budget_mb={encoder.cache.budget // 2**20} is too small for the pool, which takes "
-            f"{size / 2**20:.0f} MB and room to write"
-        )
-    sections = {name: encoder.section(name) for name in names}
-    return _embed_pool(task, encoder, names, sections)
-
-
-def _embed_pool(
-    task: Task, encoder: Encoder, names: Mapping[str, str], sections: Mapping[str, Section | None]
-) -> Iterator[int]:
-    """The work of :func:`embed_pool`, whose checks run when it is called."""
-    size, out = task.pool_size or 0, _room(task)
-    for first in range(0, size, task.num_envs):
-        rows = np.arange(min(task.num_envs, size - first))
-        keys = {name: pool_keys(pool, first + rows) for name, pool in names.items()}
-        if not all(
-            section is None or section.lookup(keys[name])[1].all() for name, section in sections.items()
-        ):
-            task.pool_index[rows] = first + rows
-            task.start_pool(rows)
-            task.observe(rows, out)
-            for name in names:
-                encoder.encode(name, out[name][rows], keys[name])
-        yield first + len(rows)
-
-
-def _room(task: Task) -> dict[str, Array]:
-    """Arrays for the observations of a task that are fixed in an episode."""
+def room(task: Task) -> dict[str, Array]:
+    """Arrays of ``num_envs`` rows for the observations of a task that are fixed in an episode."""
     parts = {key: task.observation_space[key] for key in task.observation_space if key in task.fixed}
     return {key: np.zeros((task.num_envs, *(part.shape or ())), part.dtype) for key, part in parts.items()}
 
@@ -320,7 +268,7 @@ def pool_names(task: Task) -> dict[str, str]:
     twin.pool_index[0] = 0
     row = np.zeros(1, np.int64)
     twin.start_pool(row)
-    out = _room(task)
+    out = room(task)
     twin.observe(row, out)
     seen = "".join(hash_rows(value[:1]).tobytes().hex() for value in out.values())
     kind = f"{type(task).__module__}:{type(task).__qualname__} {task.split} {task.difficulty}"

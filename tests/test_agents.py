@@ -13,6 +13,7 @@ from mmenvs_agents.recipes import RECIPES
 from mmenvs_agents.sb3 import load, make_agent, resolve_device, save, train
 
 from mmenvs.embeddings import Pretrained
+from mmenvs.embeddings.joint import JointConfig, JointEmbedding, load_shapes, save_joint, weights_hash
 from mmenvs.text import Vocabulary
 
 VQA, MATCHING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0"
@@ -181,6 +182,28 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         load(tmp_path, "cpu")
+
+
+def test_an_agent_of_another_joint_embedding_is_refused(tmp_path):
+    joint, folder = tmp_path / "joint.safetensors", tmp_path / "agent"
+
+    def write(seed):
+        torch.manual_seed(seed)
+        save_joint(JointEmbedding(JointConfig(width=8, dim=8, text_depth=1)), joint, {})
+
+    write(0)
+    encoders = {"image": f"joint:{joint}", "question": "shapes"}
+    save(make_agent("ppo", VQA, encoders=encoders, **SMALL, **LITTLE["ppo"]), folder)
+    known = json.loads((folder / "settings.json").read_text())["joints"]
+    assert known["question"] == weights_hash(load_shapes()) != known["image"]
+    load(folder, "cpu")
+    write(1)
+    with pytest.raises(
+        ValueError, match=rf"encoder of 'image' was trained on the joint embedding {known['image']}, but"
+    ):
+        load(folder, "cpu")
+    write(0)
+    load(folder, "cpu")
 
 
 @pytest.mark.parametrize("steps", [0, -5, 1.5, "many"])

@@ -26,10 +26,12 @@ from typer.testing import CliRunner
 from mmenvs.benchmark import report, stats
 from mmenvs.benchmark import rows as store
 from mmenvs.benchmark.compare import Grid, compare, plan
+from mmenvs.benchmark.measure import space_of
 from mmenvs.benchmark.summary import summarise
 from mmenvs.cli import app
 from mmenvs.embeddings import recommend
 from mmenvs.embeddings.joint import load_shapes
+from tests import tiny_models
 
 VQA, MATCHING, CAPTIONING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0", "MMRL/Captioning-v0"
 TINY = {"steps": (256,), "num_envs": 8, "episodes": 32}
@@ -161,6 +163,11 @@ def test_plan_makes_an_agent(embedding, id, encoders):
             ValueError,
             "the encoder in 'logmel_cnn.concat' fits no observation of MMRL/VQA-v0; theirs are cnn, vit, shapes, bow",
         ),
+        (
+            {"embeddings": ("hf:no/such+model+concat",)},
+            FileNotFoundError,
+            "'no/such.model' is n",
+        ),
         ({"embeddings": ("cnn",)}, ValueError, r"embedding must be '<encoder>\+<fusion>'"),
         (
             {"embeddings": ("cn+concat",)},
@@ -253,6 +260,44 @@ def test_frozen_weights_count(tmp_path):
     assert frozen > 100_000 and cost["parameters"] == cost["trainable_parameters"] + frozen
     assert cost["megabytes"] == pytest.approx(4e-6 * cost["parameters"], rel=0.05)
     assert cost["cache_kilobytes"] > 1
+
+
+def test_pretrained_models_are_compared(tmp_path):
+    """A folder may hold the sign that stands before the fusion."""
+    model = tiny_models.save(tiny_models.clip, tmp_path / "tiny+clip")
+    embedding = f"hf:{model}+gated"
+    grid = Grid(envs=(VQA,), embeddings=(embedding,), seeds=1, **TINY)
+    compare(grid, tmp_path / "out", device="cpu", say=str)
+    row = trained(store.read(tmp_path / "out"))[0]
+    assert "error" not in row, row
+    assert row["plan"] == {"fusion": "gated", "encoders": {"image": f"hf:{model}", "question": f"hf:{model}"}}
+    # It is frozen: what trains is small beside it, and a cache keeps two projections of 24 numbers.
+    assert 0 < row["cost"]["trainable_parameters"] < row["cost"]["parameters"]
+    assert row["cost"]["cache_kilobytes"] == pytest.approx(2 * 24 * 4 / 1e3)
+    [candidate] = summarise([row]).candidates
+    assert candidate.name == f"hf:{model} + gated" and not candidate.defaults
+    assert f"hf:{model} + gated" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_pretrained_model_is_the_encoder_of_what_it_reads(tmp_path):
+    vit = f"hf:{tiny_models.save(tiny_models.vit, tmp_path / 'vit')}"
+    assert plan(f"{vit}+concat", VQA)["encoders"] == {"image": vit, "question": "bow"}
+    assert plan(f"{vit}+concat", MATCHING)["encoders"] == {"audio": "logmel_cnn", "images": vit}
+    bert = f"hf:{tiny_models.save(tiny_models.bert, tmp_path / 'bert')}"
+    assert plan(f"{bert}+concat", VQA)["encoders"] == {"image": "cnn", "question": bert}
+    said = run(
+        "compare", "--envs", MATCHING, "--embeddings", f"{bert}+film", "--out", tmp_path / "out", code=2
+    )
+    assert f"the encoder in '{bert}+film' fits no observation of {MATCHING}" in said
+
+
+def test_longer_texts_are_tasks_of_their_own():
+    axes = {"difficulty": (0,), "filler": (0, 20)}
+    runs = Grid(envs=(VQA, MATCHING), embeddings=("gru+concat",), seeds=1, env_axes=axes).runs()
+    assert [run["env_kwargs"].get("filler") for run in runs] == [0, 20, None]
+    assert space_of(VQA, runs[1]["env_kwargs"])["question"].shape == (40,)
+    summary = summarise([synthetic(**{key: run[key] for key in ("id", "env_kwargs")}) for run in runs])
+    assert summary.tasks[1] == "VQA-v0, difficulty 0, filler 20" and len(summary.tasks) == 3
 
 
 def test_last_checkpoint_is_the_agent_itself(compared, tmp_path):

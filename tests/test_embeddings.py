@@ -285,3 +285,21 @@ def test_raw_arrays_and_missing_observations_are_named():
         extractor({"image": torch.as_tensor(observation["image"])})
     with pytest.raises(ValueError, match="features_dim"):
         Extractor(envs.single_observation_space, features_dim=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        ((48, 64, 3), (3, 48, 64)), ((3, 48, 64), (3, 48, 64)), ((5, 48, 64, 1), (1, 48, 64)),
+        ((5, 4, 48, 64), (4, 48, 64)), ((3, 64, 3), (3, 3, 64)), ((4, 4, 4), (4, 4, 4)),
+    ],
+)  # fmt: skip
+def test_channels_stand_where_there_are_few(shape, found):
+    assert modalities.picture_shape(shape) == found
+    assert modalities.channels_last(shape) == (shape[-1] in (1, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 2), (64, 64), (3,), (2, 3, 4, 5, 3)])
+def test_what_is_no_picture(shape):
+    with pytest.raises(ValueError, match=r"pictures must be \(H, W, C\) or \(C, H, W\)"):
+        modalities.picture_shape(shape)

@@ -20,6 +20,9 @@ from mmenvs.gaze import BAR, Gaze, current, showing
 VQA, MATCHING, CAPTIONING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0", "MMRL/Captioning-v0"
 
 
+LINE = 27  # height of a line of text
+
+
 def picture(value: int = 60) -> np.ndarray:
     return np.full((64, 64, 3), value, np.uint8)
 
@@ -68,6 +71,17 @@ def test_the_bar_is_parted_by_the_weights():
     assert lengths[0] / sum(lengths) == pytest.approx(0.25, abs=0.01)
 
 
+def test_the_caption_stands_below():
+    plain = media.panel([picture()], [("words", "black")])
+    with showing(Gaze(heat=np.zeros((1, 4, 4), np.float32), caption="what is seen " * 12)):
+        shown = media.panel([picture()], [("words", "black")])
+    height = len(plain) - 16  # the margin below
+    assert len(shown) == len(plain) + 2 * LINE
+    np.testing.assert_array_equal(shown[:height], plain[:height])
+    for line in range(2):
+        assert (shown[height + line * LINE : height + (line + 1) * LINE] < 200).any()
+
+
 @pytest.mark.parametrize(
     "heat", [np.zeros((2, 4, 4)), np.zeros((4, 4)), np.full((1, 4, 4), 1.5), np.full((1, 4, 4), np.nan)]
 )
@@ -99,10 +113,15 @@ def test_heat_is_the_attention_from_words_to_cells():
     one[:, 2:, 15] = two[:, 2:, 15] = 1.0  # padding looks elsewhere
     back = torch.full((1, 16, words), 1 / words)
     attention = {"image/0": back, "question/0": one, "image/1": back, "question/1": two}
-    heat = gaze_of(extractor, {"masks": masks, "attention": attention}, observation).heat
+    heat, _, caption = gaze_of(extractor, {"masks": masks, "attention": attention}, observation)
     expected = np.zeros((1, 4, 4), np.float32)
     expected[0, 1, 2], expected[0, 2, 1] = 1.0, 0.5 / 1.5
     np.testing.assert_allclose(heat, expected, atol=1e-6)
+    # Both words look there in the first round, one of them in the second.
+    assert caption == (
+        "Where the question looks in the image (cross_attention, mean of 2 rounds): the brightest cell has 0.75 "
+        "of the attention."
+    )
     masks["image"][:] = False
     assert gaze_of(extractor, {"masks": masks, "attention": attention}, observation) == Gaze()
 
@@ -119,6 +138,10 @@ def test_heat_of_a_set_of_pictures_in_a_transformer():
     attention = {f"{name}/{n}": part for n in (0, 1) for name, part in rows.items()}
     record = {"masks": masks_of(extractor), "attention": attention}
     np.testing.assert_allclose(gaze_of(extractor, record, observation).heat, one_cell(4, (3, 1, 0), 2))
+    assert (
+        "Where the audio looks in the images (transformer, mean of 2 layers)"
+        in gaze_of(extractor, record, observation).caption
+    )
     record["masks"]["audio"][:] = False
     np.testing.assert_allclose(gaze_of(extractor, record, observation).heat, one_cell(4, (0, 0, 0), 2))
 
@@ -152,10 +175,12 @@ def test_the_end_of_an_episode_shows_the_gaze(id, fusion):
         if fusion == "concat":
             np.testing.assert_array_equal(one, other)
         elif fusion in ("gated", "weighted_sum"):
-            assert other.shape[0] == one.shape[0] + BAR
+            assert other.shape[0] - one.shape[0] - BAR - LINE in (-1, 0, 1)  # even heights
+            assert watched.gaze.caption == f"How much each modality weighs ({fusion})."
             assert sum(watched.gaze.weights.values()) == pytest.approx(1, abs=0.01)
         else:
-            assert one.shape == other.shape and (one != other).any()
+            assert (other.shape[0] - one.shape[0]) // LINE in (1, 2) and (one != other[: len(one)]).any()
+            assert watched.gaze.caption.startswith("Where the ")
             assert watched.gaze.heat.max() == 1.0 and (watched.gaze.heat >= 0).all()
     film, *_ = media.play(env, watched, 1, 0)
     np.testing.assert_array_equal(film[-1], shown[0])

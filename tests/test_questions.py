@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from mmenvs.world import questions, scene
+from mmenvs.world.phrasings import _FILLER
 from mmenvs.world.words import PLURALS, VOCABULARY
 
+VQA = "MMRL/VQA-v0"
 SINGULAR = {
     **dict(zip(PLURALS, scene.SHAPES, strict=True)),
     "objects": "object",
@@ -112,11 +114,11 @@ def things_of(scenes, i):
 
 @pytest.mark.parametrize("difficulty", range(4))
 def test_20_000_questions_answered_alike(difficulty):
-    envs = gym.make_vec("MMRL/VQA-v0", num_envs=1250, difficulty=difficulty, image_size=32)
+    envs = gym.make_vec(VQA, num_envs=1250, difficulty=difficulty, image_size=32)
     task = envs.unwrapped.task
     checked = 0
     for split in scene.SPLITS:
-        envs = gym.make_vec("MMRL/VQA-v0", num_envs=1250, difficulty=difficulty, image_size=32, split=split)
+        envs = gym.make_vec(VQA, num_envs=1250, difficulty=difficulty, image_size=32, split=split)
         envs.reset(seed=5)
         task = envs.unwrapped.task
         for i in range(1250):
@@ -130,7 +132,7 @@ def test_20_000_questions_answered_alike(difficulty):
 
 
 def drawn(difficulty, n=20_000, split="train"):
-    envs = gym.make_vec("MMRL/VQA-v0", num_envs=n, difficulty=difficulty, image_size=32, split=split)
+    envs = gym.make_vec(VQA, num_envs=n, difficulty=difficulty, image_size=32, split=split)
     envs.reset(seed=2)
     return envs.unwrapped.task
 
@@ -196,3 +198,28 @@ def test_vocabulary_is_closed_and_small():
     assert VOCABULARY.decode(VOCABULARY.encode(text, 20)) == text
     assert VOCABULARY.encode("is there a zebra", 4)[3] == 1
     assert len(VOCABULARY.encode("is there a ring ?", 3)) == 3
+
+
+@pytest.mark.parametrize("filler", [1, 40])
+def test_filler_stands_before_the_same_question(filler):
+    plain, long = (
+        gym.make_vec(VQA, num_envs=50, difficulty=3, **kwargs) for kwargs in ({}, {"filler": filler})
+    )
+    for seed in range(3):
+        (a, _), (b, _) = plain.reset(seed=seed), long.reset(seed=seed)
+        assert b["question"].shape == (50, 20 + filler) and long.observation_space.contains(b)
+        assert (b["image"] == a["image"]).all() and (b["question"][:, filler:] == a["question"]).all()
+        assert (plain.oracle_actions() == long.oracle_actions()).all()
+    words = VOCABULARY.decode(b["question"][7])
+    assert long.describe(7)["question"] == words and words.endswith(plain.describe(7)["question"])
+    # They are drawn anew for each question and tell nothing of it.
+    said = b["question"][:, :filler]
+    assert len(np.unique(said, axis=0)) > 5 and set(said.ravel()) <= set(_FILLER)
+
+
+@pytest.mark.parametrize(
+    ("filler", "error"), [(-1, ValueError), (41, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_filler_must_be_a_number_of_words(filler, error):
+    with pytest.raises(error, match="filler must be"):
+        gym.make(VQA, filler=filler)

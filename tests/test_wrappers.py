@@ -12,19 +12,17 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from mmenvs_agents.evaluation import evaluate
-from mmenvs_agents.sb3 import make_agent, save
 from stable_baselines3 import PPO
 from torch import nn
-from typer.testing import CliRunner
 
-from mmenvs.cli import app
 from mmenvs.embeddings import EmbeddingCache, Extractor, cost, load_embedding, probe_report
 from mmenvs.embeddings import embedding as embedding_module
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation, perturb
+from mmenvs.precompute import embed_parts, parts_of
 from mmenvs.registry import SPECS, task_class
 from mmenvs.text import PAD, START, UNKNOWN
-from mmenvs.wrappers import EmbedObservation, Encoder, VectorEmbedObservation, embed_pool, pool_names
+from mmenvs.wrappers import EmbedObservation, Encoder, VectorEmbedObservation, pool_names
 from tests.test_env import same
 
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
@@ -200,7 +198,8 @@ def test_a_known_pool_is_not_hashed(monkeypatch):
     cache = EmbeddingCache()
     extractor = extractor_of(VQA)
     task = task_class(VQA)(8, pool_size=20)
-    list(embed_pool(task, Encoder(extractor, task.observation_space, cache=cache)))
+    encoder = Encoder(extractor, task.observation_space, cache=cache)
+    list(embed_parts(task, encoder, parts_of(task, encoder)))
     envs = vector(VQA, 5, extractor, cache=cache, pool_size=20)
     seen = calls(envs.encoder)
     monkeypatch.setattr("mmenvs.wrappers.hash_rows", None)
@@ -427,32 +426,11 @@ GOOD = {"image": nn.Flatten(2), "question": nn.Embedding(97, 4)}
             ValueError,
             "encoder of 'image' gave a number that isn't finite in row 0",
         ),
-        (
-            lambda: list(embed_pool(task_class(VQA)(1), Encoder(GOOD, SPACE))),
-            ValueError,
-            "a task with pool_size and an encoder with a cache",
-        ),
-        (
-            lambda: list(
-                embed_pool(
-                    task_class(VQA)(1, pool_size=10**6),
-                    Encoder("shapes", SPACE, cache=EmbeddingCache(budget_mb=100)),
-                )
-            ),
-            ValueError,
-            "budget_mb=100 is too small for the pool, which takes 10",
-        ),
     ],
 )
 def test_errors(make, error, says):
     with pytest.raises(error, match=says):
         make()
-
-
-def test_checks_of_a_pool_run_before_its_work():
-    task = task_class(VQA)(1, pool_size=10**6)
-    with pytest.raises(ValueError, match="budget_mb=100 is too small"):
-        embed_pool(task, Encoder("shapes", SPACE, cache=EmbeddingCache(budget_mb=100)))
 
 
 def test_an_extractor_whose_pictures_are_channels_first_embeds_the_environments():
@@ -517,83 +495,6 @@ def test_terminal_observations_are_embedded():
     _, _, ended, infos = env.step(np.zeros(3, np.int64))
     assert ended.all()
     np.testing.assert_array_equal(np.stack([info["terminal_observation"] for info in infos]), before)
-
-
-# The command.
-
-
-def test_embed_command(tmp_path, monkeypatch):
-    arguments = ["embed", VQA, "--pool-size", "600", "--split", "val", "--out", str(tmp_path / "cache")]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert "image, question of 600 scenes" in result.output
-    size = result.output.split()[-2]
-    cache = EmbeddingCache(tmp_path / "cache")
-    envs = vector(VQA, 32, "shapes", cache=cache, split="val", pool_size=600)
-    seen = calls(envs.encoder)
-    plain = vector(VQA, 32, "shapes", split="val", pool_size=600)
-    np.testing.assert_allclose(envs.reset(seed=0)[0], plain.reset(seed=0)[0], atol=1e-5)
-    assert seen == {"image": [], "question": []}
-    # Again, and for a larger pool, which begins with the same scenes.
-    computed = []
-    monkeypatch.setattr(
-        Encoder, "_forward", lambda self, name, rows, _old=Encoder._forward: computed.append(len(rows)) or _old(self, name, rows)
-    )  # fmt: skip
-    assert CliRunner().invoke(app, arguments).exit_code == 0 and not computed
-    arguments[3] = "620"
-    assert CliRunner().invoke(app, arguments).exit_code == 0 and computed == [20, 20]
-    # The size is of the pool that was asked for, not of all that lies in the folder.
-    arguments[3] = "600"
-    assert CliRunner().invoke(app, arguments).output.split()[-2] == size
-    arguments[3] = "300"
-    assert float(CliRunner().invoke(app, arguments).output.split()[-2]) == pytest.approx(
-        float(size) / 2, abs=0.1
-    )
-
-
-def test_embed_command_goes_on_after_a_stop(tmp_path, monkeypatch):
-    arguments = ["embed", VQA, "--pool-size", "1000", "--out", str(tmp_path)]
-    computed = []
-
-    def forward(self, name, rows, _old=Encoder._forward):
-        if len(computed) == 4:
-            computed.append(0)
-            raise KeyboardInterrupt
-        computed.append(len(rows))
-        return _old(self, name, rows)
-
-    monkeypatch.setattr(Encoder, "_forward", forward)
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 130 and "goes on" in result.output
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert sum(computed) == 2000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["MMRL/VQ-v0", "--pool-size", "3"], "did you mean MMRL/VQA-v0"),
-        ([VQA, "--pool-size", "0"], "pool_size must be from 1"),
-        (
-            [VQA, "--pool-size", "3", "--embedding", "clop"],
-            "embedding must be 'shapes', 'joint:DIR' or the folder of",
-        ),
-        ([VQA, "--pool-size", "3", "--embedding", "clop"], "there is no folder 'clop'"),
-        ([VQA, "--pool-size", "3", "--image-size", "33"], "image_size must be even"),
-        ([VQA, "--pool-size", "3", "--output", "mean"], "output must be one of"),
-        ([VQA, "--pool-size", "10000000"], "budget_mb=2048 is too small"),
-    ],
-)
-def test_embed_command_names_what_is_wrong(arguments, says, tmp_path):
-    result = CliRunner().invoke(app, ["embed", *arguments, "--out", str(tmp_path)])
-    assert result.exit_code == 2 and says in result.output
-
-
-def test_embed_command_refuses_a_file_in_place_of_a_folder(tmp_path):
-    (tmp_path / "a").write_text("")
-    command = ["embed", VQA, "--pool-size", "3", "--out", str(tmp_path / "a")]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2 and "out must be a folder" in result.output
 
 
 # Perturbations.
@@ -783,11 +684,3 @@ def test_an_environment_that_reuses_its_buffer_is_embedded_anew():
     env = EmbedObservation(Counter(), {"x": Pass()})
     assert (env.reset()[0] == 0).all()
     assert (env.step(0)[0] == 1).all()
-
-
-def test_a_dqn_agents_encoders_fill_a_cache(tmp_path):
-    agent = make_agent("dqn", VQA, num_envs=2, device="cpu", buffer_size=64)
-    save(agent, tmp_path / "agent")
-    arguments = ["embed", VQA, "--pool-size", "4", "--embedding", str(tmp_path / "agent"), "--out"]
-    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "cache")])
-    assert done.exit_code == 0 and "4 scenes" in done.output

@@ -23,9 +23,11 @@ from mmenvs.benchmark import rows as store
 from mmenvs.benchmark.measure import baseline_runs, measure, measure_baseline, provenance, space_of
 from mmenvs.benchmark.recommend import Recommendation, check_budget, recommend
 from mmenvs.benchmark.rows import Row
-from mmenvs.benchmark.summary import BASELINES, count, run_key, task_name
+from mmenvs.benchmark.summary import BASELINES, count, encoder_of, run_key, task_name
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings import ENCODERS, FUSIONS
+from mmenvs.embeddings.extractor import HUGGING_FACE, encoders_fitting
+from mmenvs.embeddings.joint import PREFIX
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
 
@@ -108,7 +110,7 @@ class Grid:
             raise ValueError(f"none of {', '.join(self.envs)} takes {', '.join(sorted(unused))}")
         for embedding in self.embeddings:
             plans = [plan(embedding, id, kwargs) for id, kwargs in tasks]
-            if not any(embedding.partition("+")[0] in chosen["encoders"].values() for chosen in plans):
+            if not any(encoder_of(embedding) in chosen["encoders"].values() for chosen in plans):
                 raise ValueError(
                     f"the encoder in {embedding!r} fits no observation of {', '.join(self.envs)}; "
                     f"theirs are {_fitting(tasks)}"
@@ -161,7 +163,8 @@ def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -
 
     Args:
         embedding: ``"<encoder>+<fusion>"``, such as ``"cnn+concat"``. The encoder is that of every modality
-            that has one of this name; the other modalities take their default.
+            that has one of this name; the other modalities take their default. ``"hf:NAME_OR_FOLDER+<fusion>"``
+            is a pretrained model, frozen, for all that it encodes, ``"joint:DIR+<fusion>"`` a joint embedding.
         id: environment.
         env_kwargs: arguments of the environment.
 
@@ -170,19 +173,18 @@ def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -
 
     Raises:
         ValueError: if there is no such encoder or fusion at all.
+        FileNotFoundError: if there is no such pretrained model.
     """
-    encoder, plus, fusion = embedding.partition("+")
-    if not plus:
+    encoder, fusion = encoder_of(embedding), embedding.rpartition("+")[2]
+    if not encoder:
         raise ValueError(f"embedding must be '<encoder>+<fusion>' such as 'cnn+concat', got {embedding!r}")
-    one_of(
-        f"the encoder in {embedding!r}", encoder, tuple(dict.fromkeys(itertools.chain(*ENCODERS.values())))
-    )
+    known = tuple(dict.fromkeys(itertools.chain(*ENCODERS.values())))
+    if not encoder.startswith((PREFIX, HUGGING_FACE)):
+        one_of(f"the encoder in {embedding!r}", encoder, known)
     one_of(f"the fusion in {embedding!r}", fusion, tuple(FUSIONS))
-    encoders = {}
-    for name, part in space_of(id, env_kwargs or {}).items():
-        allowed = ENCODERS[modality_of(part)]
-        encoders[name] = encoder if encoder in allowed else next(iter(allowed))
-    return {"fusion": fusion, "encoders": encoders}
+    space = space_of(id, env_kwargs or {})
+    defaults = {name: next(iter(ENCODERS[modality_of(part)])) for name, part in space.items()}
+    return {"fusion": fusion, "encoders": {**defaults, **encoders_fitting(encoder, space)}}
 
 
 def compare(
@@ -276,9 +278,9 @@ def notes(grid: Grid) -> Iterator[str]:
     """What a reader of the results should know: embeddings whose encoder some environment has no use for."""
     for id in grid.envs:
         for embedding in grid.embeddings:
-            if embedding.partition("+")[0] not in plan(embedding, id)["encoders"].values():
+            if encoder_of(embedding) not in plan(embedding, id)["encoders"].values():
                 yield (
-                    f"note: no modality of {id} has an encoder {embedding.partition('+')[0]!r}, "
+                    f"note: no modality of {id} has an encoder {encoder_of(embedding)!r}, "
                     f"there {embedding!r} means the default encoders"
                 )
 

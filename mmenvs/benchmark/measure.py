@@ -20,6 +20,7 @@ from typing import Any, cast
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 import mmenvs
@@ -29,7 +30,8 @@ from mmenvs.embeddings import Extractor
 from mmenvs.embeddings.cost import cost
 from mmenvs.embeddings.embedding import load_embedding
 from mmenvs.embeddings.extractor import extractor_in
-from mmenvs.embeddings.joint import load_shapes
+from mmenvs.embeddings.joint import JointEmbedding, ShapesEncoder, weights_hash
+from mmenvs.embeddings.pretrained import PretrainedEncoder
 from mmenvs.embeddings.probes import modality_use, probe_report
 from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation
 from mmenvs.registry import SPECS
@@ -224,17 +226,22 @@ def _without(agent: Any, missing: Sequence[str], observation: Mapping[str, Any],
 
 
 def _cost(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the extractor costs; with ``shapes`` also its weights, and what a cache keeps of each observation."""
-    found = cost(_extractor(agent), agent.observation_space, device=str(agent.device), batch_sizes=(1, 256))
-    frozen: list[torch.Tensor] = []
-    cached = None
-    if run["embedding"].startswith("shapes+"):
-        # Its weights are no part of the extractor, which leaves them out when it is saved.
-        frozen = list(load_shapes().parameters())
-        tokens = load_embedding(
-            "shapes", space_of(run["id"], run["env_kwargs"]), output="tokens"
-        ).dims.values()
-        cached = sum(length * d for length, d in tokens) * 4 / 1e3
+    """What the extractor costs, and what a cache keeps of each observation, with frozen encoders."""
+    extractor = _extractor(agent)
+    found = cost(extractor, agent.observation_space, device=str(agent.device), batch_sizes=(1, 256))
+    # The weights of joint embeddings are no part of the extractor, which leaves them out when it is saved.
+    joints: dict[str, JointEmbedding] = {}
+    cached = 0
+    for name, encoder in extractor.encoders.items():
+        space = cast(spaces.Box, extractor.observation_space[name])
+        low = torch.as_tensor(space.low, device=agent.device).unsqueeze(0)
+        if isinstance(encoder, ShapesEncoder):
+            joints[weights_hash(encoder.joint)] = encoder.joint
+            cached += encoder.frozen(extractor.prepare(name, low))[1].numel() * 4
+        elif isinstance(encoder, PretrainedEncoder) and encoder.chosen.train == "frozen":
+            with torch.no_grad():
+                cached += encoder.features(extractor.prepare(name, low)).numel() * 4
+    frozen = [x for joint in joints.values() for x in joint.parameters()]
     frozen_bytes = sum(x.nbytes for x in frozen)
     return {
         "parameters": found["parameters"] + sum(x.numel() for x in frozen),
@@ -244,7 +251,7 @@ def _cost(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
         "milliseconds": found["latency_ms"],
         "throughput": found["best_throughput"],
         "peak_megabytes": (found["peak_memory_bytes"] + frozen_bytes) / 1e6,
-        "cache_kilobytes": cached,
+        "cache_kilobytes": cached / 1e3 or None,
     }
 
 

@@ -219,7 +219,7 @@ class Summary:
                 task
                 for task, cell in zip(self.tasks, cells, strict=True)
                 if "plan" in cell.rows[0]
-                and run["embedding"].partition("+")[0] not in cell.rows[0]["plan"]["encoders"].values()
+                and encoder_of(run["embedding"]) not in cell.rows[0]["plan"]["encoders"].values()
             ),
         )
 
@@ -262,6 +262,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def encoder_of(embedding: str) -> str:
+    """What stands before the fusion; names and folders of models may hold a ``+`` themselves."""
+    return embedding.rpartition("+")[0]
+
+
 def few_episodes(episodes: int) -> int:
     """Episodes of the evaluations of checkpoints and perturbations, where there are many of them."""
     return max(1, episodes // 4)
@@ -291,7 +296,7 @@ def _namer(runs: Sequence[Mapping[str, Any]]) -> Any:
 
     def name(run: Mapping[str, Any]) -> str:
         extra = [parts[key].format(run[key]) for key in varying if run.get(key) is not None]
-        return ", ".join([run["embedding"].replace("+", " + "), *extra])
+        return ", ".join([" + ".join(run["embedding"].rsplit("+", 1)), *extra])
 
     return name
 

@@ -33,7 +33,8 @@ class LogMel(nn.Module):
         filters = torchaudio.functional.melscale_fbanks(
             WINDOW // 2 + 1, 0.0, SAMPLE_RATE / 2, MELS, SAMPLE_RATE
         )
-        self.register_buffer("filters", filters, persistent=False)
+        # Each row twice: the real and the imaginary part of a frequency add their squares.
+        self.register_buffer("filters", filters.repeat_interleave(2, 0), persistent=False)
 
     @torch.no_grad()
     def forward(self, sound: Tensor) -> Tensor:
@@ -42,11 +43,9 @@ class LogMel(nn.Module):
             mels = []
             for part in padded.split(CHUNK if sound.device.type == "cpu" else len(sound)):
                 spectrum = torch.fft.rfft(part.unfold(-1, WINDOW, HOP) * self.window)
-                power = torch.addcmul(
-                    spectrum.real.square(), spectrum.imag, spectrum.imag
-                )  # (b, F, W // 2 + 1)
-                mels.append(power @ self.filters)
-            return torch.cat(mels).add(1e-5).log().add(11.5).div(8).transpose(1, 2)
+                parts = torch.view_as_real(spectrum).flatten(-2)  # (b, F, WINDOW + 2)
+                mels.append(parts.square_() @ self.filters)
+            return torch.cat(mels).add_(1e-5).log_().add_(11.5).div_(8).transpose(1, 2)
 
 
 class LogMelEncoder(nn.Module):

@@ -1,7 +1,7 @@
 """Cache of frozen encoders' outputs: each distinct input is encoded once.
 
-Keys are 128 bits: the xxh3 hash of an input's bytes (:func:`hash_rows`), or the number of an item in the
-world's pool (:func:`pool_keys`), which needs no hash. Values are float32 vectors, kept in blocks in memory and,
+Keys are 128 bits (``keys.py``): the xxh3 hash of an input's bytes, or the number of an item in the world's pool,
+which needs no hash. Values are float32 vectors, kept in blocks in memory and,
 with a folder, in memory-mapped shard files (``shards.py``) that several processes may read and write at once.
 """
 
@@ -18,38 +18,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import int64, njit, uint64
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
+from numba import njit
 
 from mmenvs.checks import integer_in
 from mmenvs.embeddings import shards
-from mmenvs.world.random import mix
+from mmenvs.embeddings.keys import Keys, Table, checked
 
-Keys = npt.NDArray[np.uint64]  # (n, 2)
 _SHARD_BYTES = 64 * 2**20
 _REFRESH_SECONDS = 1.0
 _FIRST = 6  # floats before the value in a record: checksum and key
-
-
-def hash_rows(rows: npt.NDArray[Any]) -> Keys:
-    """xxh3-128 of the bytes of each row of an array ``(n, ...)``, as uint64 ``(n, 2)``."""
-    array = np.ascontiguousarray(rows)
-    if array.ndim < 2 or not array[:1].size:
-        if array.ndim >= 2 and not len(array):
-            return np.zeros((0, 2), np.uint64)
-        raise ValueError(f"rows must have at least two axes and something in them, got shape {array.shape}")
-    flat, width = array.reshape(-1).data.cast("B"), array[0].nbytes
-    # Two statements a row is the floor of what Python costs here: the hash itself takes as long.
-    digests = [xxh3_128_digest(flat[i : i + width]) for i in range(0, array.nbytes, width)]
-    return np.frombuffer(bytearray().join(digests), np.uint64).reshape(-1, 2)
-
-
-def pool_keys(pool: str, indices: npt.NDArray[np.int64]) -> Keys:
-    """Keys of the items ``indices`` (n,) of the pool of that name, as uint64 ``(n, 2)``."""
-    keys = np.empty((len(indices), 2), np.uint64)
-    keys[:, 0] = indices
-    keys[:, 1] = xxh3_64_intdigest(pool.encode())
-    return keys
 
 
 class EmbeddingCache:
@@ -140,9 +117,7 @@ class Section:
         self.width = shards.record_bytes(dim) // 4
         # Records of a block or shard.
         self.rows = (cache.shard_bytes - shards.HEADER.size) // (4 * self.width)
-        # Entries (key, place + 1) of an open-addressing hash table; 0 is empty. A place is block << 32 | row.
-        self._table = np.zeros((1024, 3), np.uint64)
-        self._used = 0
+        self._table = Table()  # a place is block << 32 | row
         self._blocks: dict[int, shards.Records] = {}
         self._counts: dict[int, int] = {}  # records of each block that are in the table
         # Blocks of finished shards and of those of other processes, by path and inode.
@@ -155,27 +130,28 @@ class Section:
             self.refresh()
 
     def __len__(self) -> int:
-        return self._used
+        return len(self._table)
 
     def lookup(self, keys: Keys) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Values ``(n, dim)`` float32, zeros where there are none, and which keys were found, bool ``(n,)``."""
-        keys = _checked(keys)
+        keys = checked(keys)
         values = np.empty((len(keys), self.dim), np.float32)
-        places = np.empty(len(keys), np.int64)
         with self.cache.lock:
-            missed = _find(self._table, keys, places)
-            if missed and time.monotonic() - self._refreshed > _REFRESH_SECONDS:
-                self.refresh()
-                missed = _find(self._table, keys, places)
-            if missed:
-                values[places < 0] = 0.0
+            places = self._table.find(keys)
+            found = places >= 0
+            if not found.all():
+                if time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+                    self.refresh()
+                    places = self._table.find(keys)
+                    found = places >= 0
+                values[~found] = 0.0
             for block, records in self._blocks.items():
                 _gather(records, block, places, values)
-        return values, places >= 0
+        return values, found
 
     def store(self, keys: Keys, values: npt.NDArray[np.float32]) -> None:
         """Keep values ``(n, dim)`` float32; keys that are there already keep theirs."""
-        keys = _checked(keys)
+        keys = checked(keys)
         values = np.ascontiguousarray(values, np.float32)
         if values.shape != (len(keys), self.dim):
             raise ValueError(f"values must have shape ({len(keys)}, {self.dim}), got {values.shape}")
@@ -209,8 +185,7 @@ class Section:
         self._paths = {file: other for file, other in self._paths.items() if other != block}
         if block == self._active:
             self._active = self._writer = None
-        self._table = np.zeros_like(self._table)
-        self._used = 0
+        self._table.clear()
         for other, records in self._blocks.items():
             self._enter(records[: self._counts[other]], other, 0)
 
@@ -218,7 +193,7 @@ class Section:
         """Keep what fits into the active block; returns how many keys are dealt with."""
         count = self._counts[block]
         keys = keys[: self.rows - count]
-        fresh = self._insert(keys, block, count, True)
+        fresh = self._table.insert(keys, (block << 32) + count, True)
         new = int(fresh.sum())
         records = self._blocks[block][count : count + new]
         shards.write_records(records, keys[fresh], values[: len(keys)][fresh])
@@ -227,30 +202,17 @@ class Section:
             try:
                 self._writer.append(records.reshape(-1).data.cast("B"))
             except OSError as error:
-                # The block stays whole in memory; its file ends before these records.
+                # The block stays whole in memory; its file has the first of these records at most.
                 self._writer.close()
                 self._writer = None
                 self.cache.blocks.append((self, block))
                 self.cache.stop_writing(str(error))
         return len(keys)
 
-    def _insert(self, keys: Keys, block: int, first: int, packed: bool) -> npt.NDArray[np.bool_]:
-        """Enter the keys that are new; which they are, bool ``(n,)``.
-
-        Key i is in row ``first + i`` of the block; ``packed`` leaves out the rows of keys that aren't new.
-        """
-        while 2 * (self._used + len(keys)) > len(self._table):
-            grown = np.zeros((2 * len(self._table), 3), np.uint64)
-            _rehash(self._table, grown)
-            self._table = grown
-        fresh = np.empty(len(keys), np.bool_)
-        self._used += _insert(self._table, keys, (block << 32) + first, packed, fresh)
-        return fresh
-
     def _enter(self, records: shards.Records, block: int, first: int) -> None:
         """Enter the keys of records, the first of which is row ``first`` of the block."""
         keys = np.ascontiguousarray(records.view(np.uint64)[:, 1:3])
-        self._insert(keys, block, first, False)
+        self._table.insert(keys, (block << 32) + first, False)
 
     def _begin(self) -> int:
         """Make a block for new entries, and on disk the shard for it, the active one; returns its number."""
@@ -358,54 +320,6 @@ class Section:
                 return
             shards.rebuild(path, self.fingerprint, self.dim, kept, why)
             self.refresh(locked=True)
-
-
-def _checked(keys: Keys) -> Keys:
-    if not isinstance(keys, np.ndarray) or keys.dtype != np.uint64 or keys.ndim != 2 or keys.shape[1] != 2:
-        shown = f"{keys.dtype} {keys.shape}" if isinstance(keys, np.ndarray) else type(keys).__name__
-        raise TypeError(f"keys must be a uint64 array (n, 2) as of hash_rows or pool_keys, got {shown}")
-    return np.ascontiguousarray(keys)
-
-
-@njit(inline="always")
-def _slot(table, k0, k1):
-    """Where a key is in the table, or the empty place where it would be."""
-    last = uint64(len(table) - 1)
-    slot = mix(k0 ^ mix(k1)) & last
-    while table[slot, 2] != uint64(0) and (table[slot, 0] != k0 or table[slot, 1] != k1):
-        slot = (slot + uint64(1)) & last
-    return slot
-
-
-@njit(cache=True, nogil=True)
-def _find(table, keys, places) -> int:
-    """Places of keys, -1 for those that aren't in the table; returns how many aren't."""
-    missed = 0
-    for j in range(len(keys)):
-        places[j] = int64(table[_slot(table, keys[j, 0], keys[j, 1]), 2]) - 1
-        missed += places[j] < 0
-    return missed
-
-
-@njit(cache=True, nogil=True)
-def _insert(table, keys, first, packed, fresh) -> int:
-    """Enter the keys that are new with places from ``first`` on; returns how many they are."""
-    entered = 0
-    for j in range(len(keys)):
-        slot = _slot(table, keys[j, 0], keys[j, 1])
-        fresh[j] = table[slot, 2] == uint64(0)
-        if fresh[j]:
-            table[slot, 0], table[slot, 1] = keys[j, 0], keys[j, 1]
-            table[slot, 2] = uint64(first + (entered if packed else j) + 1)
-            entered += 1
-    return entered
-
-
-@njit(cache=True, nogil=True)
-def _rehash(table, grown) -> None:
-    for i in range(len(table)):
-        if table[i, 2] != uint64(0):
-            grown[_slot(grown, table[i, 0], table[i, 1])] = table[i]
 
 
 @njit(cache=True, nogil=True)

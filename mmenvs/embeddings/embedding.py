@@ -19,7 +19,7 @@ from mmenvs.embeddings.extractor import Extractor, Precision, prepared
 from mmenvs.embeddings.joint import PREFIX, named_joint
 from mmenvs.embeddings.pretrained import OUTPUTS, Output
 from mmenvs.embeddings.text import text_mask
-from mmenvs.spaces import Modality, modality_of
+from mmenvs.spaces import Modality, modality_of, picture_shape
 
 if TYPE_CHECKING:
     from mmenvs.embeddings.joint import JointEmbedding
@@ -97,7 +97,7 @@ class Embedding(nn.Module):
             encoded = self._encode_part(name, torch.as_tensor(low, device=device).unsqueeze(0))
             self.dims[name] = (encoded.shape[1], encoded.shape[2])
         self.features_dim = sum(length * d for length, d in self.dims.values())
-        self.fingerprints = {name: self._fingerprint(name) for name in encoders}
+        self.fingerprints = {name: self.fingerprint_of(name) for name in encoders}
         joined = "".join(name + self.fingerprints[name] for name in encoders)
         self.fingerprint = hashlib.sha256(joined.encode()).hexdigest()[:32]
 
@@ -171,7 +171,8 @@ class Embedding(nn.Module):
             pictures = 1
         return tokens.unflatten(1, (pictures, -1)).mean(2)
 
-    def _fingerprint(self, name: str) -> str:
+    def fingerprint_of(self, name: str) -> str:
+        """What ``fingerprints[name]`` is with the code that is installed here."""
         space, encoder = cast(spaces.Box, self.observation_space[name]), self.encoders[name]
         digest = hashlib.sha256()
         told = (_VERSION, self.output, self.precision, self.modalities[name], space.shape, str(space.dtype))
@@ -316,8 +317,9 @@ def _same_spaces(extractor: Extractor, observation_space: spaces.Dict) -> None:
         sizes, words = [], []
         for space in (extractor.observation_space[name], part):
             shape = tuple(space.shape or ())
-            if extractor.modalities[name] in ("image", "images") and shape[-1] not in (1, 3, 4):
-                shape = (*shape[:-3], *shape[-2:], shape[-3])
+            if extractor.modalities[name] in ("image", "images"):
+                channels, height, width = picture_shape(shape)
+                shape = (*shape[:-3], height, width, channels)
             sizes.append(shape)
             is_text = extractor.modalities[name] == "text"
             words.append(int(cast(spaces.Box, space).high.max()) + 1 if is_text else 0)

@@ -20,7 +20,7 @@ from mmenvs.embeddings.pretrained import Output, Pretrained, PretrainedEncoder, 
 from mmenvs.embeddings.recall import Recall
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder, text_mask
 from mmenvs.embeddings.video import FrameEncoder, ViTFrameEncoder
-from mmenvs.spaces import Modality, modality_of
+from mmenvs.spaces import Modality, channels_last, modality_of
 from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
@@ -351,9 +351,9 @@ def prepared(x: Tensor, modality: Modality, space: spaces.Box) -> Tensor:
     """A raw observation batch as encoders take it: pictures channels first, in [0, 1]."""
     if modality not in ("image", "images"):
         return x
-    if space.shape[-1] in (1, 3, 4):
+    if channels_last(space.shape):
         x = x.movedim(-1, -3)
-    return x.float() / 255.0 if x.dtype == torch.uint8 else x
+    return x.float().div_(255.0) if x.dtype == torch.uint8 else x
 
 
 def extractor_in(policy: nn.Module) -> Extractor | None:
@@ -364,17 +364,33 @@ def extractor_in(policy: nn.Module) -> Extractor | None:
 def encoders_named(encoder: str, observation_space: spaces.Dict) -> dict[str, str]:
     """``encoder`` for each observation whose modality has it; the others take their default.
 
+    Args:
+        encoder: a name in ``ENCODERS``, ``"joint:PATH"``, or ``"hf:"`` and the name or folder of a pretrained model.
+        observation_space: of a single environment.
+
     Raises:
         ValueError: if no modality of the observations has it, with those that one has.
+        FileNotFoundError: if there is no such pretrained model.
     """
-    modalities = {name: modality_of(part) for name, part in observation_space.items()}
-    if encoder.startswith(PREFIX):
-        return {name: encoder for name, modality in modalities.items() if "shapes" in ENCODERS[modality]}
-    chosen = {name: encoder for name, modality in modalities.items() if encoder in ENCODERS[modality]}
+    chosen = encoders_fitting(encoder, observation_space)
     if not chosen:
-        allowed = dict.fromkeys(each for modality in modalities.values() for each in ENCODERS[modality])
-        raise ValueError(f"encoder must be one of {', '.join(allowed)} or joint:DIR, got {encoder!r}")
+        modalities = dict.fromkeys(modality_of(part) for part in observation_space.values())
+        allowed = dict.fromkeys(each for modality in modalities for each in ENCODERS[modality])
+        raise ValueError(
+            f"encoder must be one of {', '.join(allowed)}, joint:DIR, or hf: and a model that encodes "
+            f"{' or '.join(modalities)}, got {encoder!r}"
+        )
     return chosen
+
+
+def encoders_fitting(encoder: str, observation_space: spaces.Dict) -> dict[str, str]:
+    """As :func:`encoders_named`, but empty where no modality has it."""
+    modalities = {name: modality_of(part) for name, part in observation_space.items()}
+    if encoder.startswith(HUGGING_FACE):
+        model = Pretrained(encoder.removeprefix(HUGGING_FACE))
+        return {name: encoder for name, modality in modalities.items() if model.fits(modality)}
+    known = "shapes" if encoder.startswith(PREFIX) else encoder
+    return {name: encoder for name, modality in modalities.items() if known in ENCODERS[modality]}
 
 
 def _known_names(argument: str, given: Iterable[str], known: Iterable[str]) -> None:

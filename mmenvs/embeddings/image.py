@@ -7,6 +7,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from mmenvs.embeddings.attention import Block
+from mmenvs.spaces import picture_shape
 
 # A finer grid costs a CPU more than it brings: four cells a side are one for each place an object can take.
 MAX_SIDE = 4
@@ -16,12 +17,6 @@ VIT_SIDE = 8
 def centred(x: Tensor) -> Tensor:
     """Pictures in [0, 1] about zero. Most of a picture is dark; as it is, PPO needs twice as many steps."""
     return (x - 0.25).mul_(4.0)
-
-
-def channels_and_size(space: spaces.Box) -> tuple[int, int]:
-    """Channels and shorter side of a picture space, whichever end its channels stand at."""
-    *_, first, middle, last = space.shape
-    return (first, min(middle, last)) if first in (1, 3, 4) and last > 4 else (last, min(first, middle))
 
 
 class ResidualBlock(nn.Module):
@@ -57,9 +52,9 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, space: spaces.Box, width: int, max_side: int = MAX_SIDE) -> None:
         super().__init__()
-        channels, size = channels_and_size(space)
+        channels, height, breadth = picture_shape(space.shape)
         layers: list[nn.Module] = [nn.Conv2d(channels, width // 2, 8, stride=4, padding=2)]
-        inside, side = width // 2, size // 4
+        inside, side = width // 2, min(height, breadth) // 4
         while side > max_side:
             layers += [nn.ReLU(), nn.Conv2d(inside, width, 3, stride=2, padding=1)]
             inside, side = width, (side + 1) // 2
@@ -68,7 +63,7 @@ class ConvEncoder(nn.Module):
         self.body = nn.Sequential(*layers, ResidualBlock(width), nn.ReLU())
         self.norm = nn.LayerNorm(width)
         with torch.no_grad():
-            tokens = self._grid(torch.zeros(1, channels, *_picture_shape(space))).shape[1]
+            tokens = self._grid(torch.zeros(1, channels, height, breadth)).shape[1]
         self.place = nn.Parameter(torch.randn(tokens, width) * 0.2)
 
     def _grid(self, x: Tensor) -> Tensor:
@@ -96,11 +91,10 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, space: spaces.Box, width: int, max_side: int = VIT_SIDE, depth: int = 2) -> None:
         super().__init__()
-        channels, size = channels_and_size(space)
-        patch = max(4, -(-size // max_side))
+        channels, height, breadth = picture_shape(space.shape)
+        patch = max(4, -(-min(height, breadth) // max_side))
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
-        height, breadth = (side // patch for side in _picture_shape(space))
-        self.place = nn.Parameter(torch.randn(height * breadth, width) * 0.2)
+        self.place = nn.Parameter(torch.randn((height // patch) * (breadth // patch), width) * 0.2)
         self.layers = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
@@ -109,8 +103,3 @@ class ViTEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens)
         return self.norm(tokens)
-
-
-def _picture_shape(space: spaces.Box) -> tuple[int, int]:
-    *_, first, middle, last = space.shape
-    return (middle, last) if first in (1, 3, 4) and last > 4 else (first, middle)

@@ -7,6 +7,7 @@ the package.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -169,6 +170,14 @@ def named_joint(name: str) -> JointEmbedding:
     return load_joint(path / FILE if path.is_dir() else path)[0]
 
 
+def weights_hash(joint: JointEmbedding) -> str:
+    """32 hex digits that tell joint embeddings of other sizes or weights apart."""
+    digest = hashlib.sha256(repr(joint.config).encode())
+    for name, value in joint.state_dict().items():
+        digest.update(repr((name, tuple(value.shape))).encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
 class ShapesEncoder(nn.Module):
     """A joint embedding as an encoder of the extractor: its frozen tokens, brought to ``width`` by a linear map that trains.
 
@@ -200,9 +209,14 @@ class ShapesEncoder(nn.Module):
             nn.Parameter(torch.randn(space.shape[0], width) * 0.2) if self.modality == "images" else None
         )
 
+    @property
+    def joint(self) -> JointEmbedding:
+        """The joint embedding."""
+        return self._frozen[0]
+
     def frozen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled vector and tokens of the joint embedding, without gradients."""
-        shapes = self._frozen[0]
+        shapes = self.joint
         if next(shapes.parameters()).device != x.device:
             # A copy: others share the one on the CPU.
             self._frozen[0] = shapes = copy.deepcopy(shapes).to(x.device)
@@ -225,3 +239,12 @@ class ShapesEncoder(nn.Module):
         if self.tokens is None:
             return self.pooled(tokens) + self.frames  # (B, K, width)
         return self.tokens(tokens) + self.pooled(pooled).unsqueeze(1)  # (B, T, width)
+
+
+def joint_hashes(policy: nn.Module) -> dict[str, str]:
+    """The :func:`weights_hash` of the joint embedding behind each :class:`ShapesEncoder` of an agent, by observation.
+
+    An agent is saved without these weights, and makes nothing of the tokens of another embedding.
+    """
+    encoders = {path: module for path, module in policy.named_modules() if isinstance(module, ShapesEncoder)}
+    return {path.rsplit(".", 1)[-1]: weights_hash(encoder.joint) for path, encoder in encoders.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,12 +98,8 @@ class Pretrained:
             raise ValueError(
                 f"a pretrained model encodes {', '.join(KINDS)}, not {modality!r} (got {self.source!r})"
             )
-        folder = files.find_folder(self.source, self.local_files_only)
-        if not (folder / "config.json").is_file():
-            files.check_folder(folder, self.source, modality == "text")
-        config = files.read_config(folder, self.source)
-        kinds = files.kinds_of(config, self.source)
-        kind = next((kind for kind in KINDS[modality] if kind in kinds), None)
+        folder, config, kinds = self._read(modality == "text")
+        kind: Any = next((kind for kind in KINDS[modality] if kind in kinds), None)
         if kind is None:
             raise ValueError(
                 f"{self.source!r} ({config.model_type}) encodes {' and '.join(kinds)}, it can't encode {modality!r}"
@@ -118,6 +114,25 @@ class Pretrained:
         }[modality, kind]
         model, has_pooler = files.load_model(folder, self.source, config, kind)
         return encoder(self, folder, model, has_pooler, space, width)
+
+    def fits(self, modality: Modality) -> bool:
+        """Whether the model encodes a modality, by its configuration.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`build`.
+        """
+        kinds = self._read(False)[2]
+        return any(kind in kinds for kind in KINDS.get(modality, ()))
+
+    def _read(self, text: bool) -> tuple[Path, Any, Sequence[Any]]:
+        """The model's folder, its configuration, and what it encodes."""
+        from mmenvs.embeddings import pretrained_files as files
+
+        folder = files.find_folder(self.source, self.local_files_only)
+        if not (folder / "config.json").is_file():
+            files.check_folder(folder, self.source, text)
+        config = files.read_config(folder, self.source)
+        return folder, config, files.kinds_of(config, self.source)
 
 
 class PretrainedEncoder(nn.Module, ABC):

@@ -17,7 +17,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_s
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.pretrained import PretrainedEncoder
 from mmenvs.embeddings.pretrained_files import loading
-from mmenvs.spaces import SAMPLE_RATE
+from mmenvs.spaces import SAMPLE_RATE, picture_shape
 
 # Pillow's filters by number, and what torch calls them.
 NEAREST, BILINEAR, BICUBIC = 0, 2, 3
@@ -40,7 +40,7 @@ class Preprocess(nn.Module):
 
     def __init__(self, folder: Path, source: str, space: spaces.Box) -> None:
         super().__init__()
-        channels, height, width = _channels_first(space.shape)
+        channels, height, width = picture_shape(space.shape)
         if channels != 3:
             raise ValueError(f"{source!r} needs pictures of 3 channels, got {channels}")
         with loading(source, "image processor"):
@@ -117,7 +117,7 @@ class PictureEncoder(PretrainedEncoder):
 
     def setup(self, folder: Path, space: spaces.Box) -> Tensor:
         self.preprocess = Preprocess(folder, self.chosen.source, space)
-        return torch.zeros(1, *_channels_first(space.shape))
+        return torch.zeros(1, *picture_shape(space.shape))
 
     def inputs(self, x: Tensor) -> tuple[dict[str, Tensor], None]:
         return self.preprocess.model_inputs(x), None
@@ -159,7 +159,7 @@ class FilmEncoder(PretrainedEncoder):
         self.preprocess = Preprocess(folder, self.chosen.source, space)
         frames = getattr(self.model.config, "num_frames", space.shape[0])
         self.shown = tuple(torch.linspace(0, space.shape[0] - 1, frames).round().long().tolist())
-        return torch.zeros(1, space.shape[0], *_channels_first(space.shape))
+        return torch.zeros(1, space.shape[0], *picture_shape(space.shape))
 
     def inputs(self, x: Tensor) -> tuple[dict[str, Tensor], None]:
         pixels = self.preprocess(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, K, 3, H', W')
@@ -224,12 +224,6 @@ def _window(extractor: Any) -> int:
     if hasattr(extractor, "num_mel_bins") and hasattr(extractor, "max_length"):  # AST: frames of 10 ms
         return int(extractor.max_length * extractor.sampling_rate // 100)
     return 0
-
-
-def _channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Channels, height and width of a picture, the way the extractor prepares it."""
-    *_, first, middle, last = shape
-    return (last, first, middle) if last in (1, 3, 4) else (first, middle, last)
 
 
 def _margins(old: int, new: int) -> tuple[int, int]:

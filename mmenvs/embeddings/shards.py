@@ -132,15 +132,15 @@ class Writer:
             made.rename(path)
 
     def append(self, data: bytes | memoryview) -> None:
-        """Write all of ``data`` at the end; with an ``OSError`` nothing of it is left."""
+        """Write all of ``data`` at the end.
+
+        With an ``OSError`` the first records of it may stay, as others may have mapped them into memory already:
+        to cut them off again would end those processes.
+        """
         done, view = 0, memoryview(data)
-        try:
-            # A disk that is nearly full takes a part first and says so with the next write.
-            while done < len(view):
-                done += os.pwrite(self._file, view[done:], self._end + done)
-        except OSError:
-            os.ftruncate(self._file, self._end)
-            raise
+        # A disk that is nearly full takes a part first and says so with the next write.
+        while done < len(view):
+            done += os.pwrite(self._file, view[done:], self._end + done)
         self._end += done
 
 

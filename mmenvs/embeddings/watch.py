@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from mmenvs.embeddings.extractor import Extractor, extractor_in
+from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.gaze import Gaze
 
 
@@ -25,7 +24,8 @@ class Watched:
         gaze: with cross_attention or transformer the attention from the words, the sound and all else that is
             no picture to the cells of the picture, or from the picture itself where there is nothing else: the
             mean over tokens, heads and layers, brought to 1 at its highest. With weighted_sum or gated
-            the weights of the modalities. Empty otherwise, and for tokens that are no grid of cells.
+            the weights of the modalities. A caption tells which of them asks, in which rounds or layers, and how
+            much of its attention the brightest cell has. Empty otherwise, and for tokens that are no grid of cells.
     """
 
     def __init__(self, agent: Any) -> None:
@@ -50,34 +50,46 @@ def gaze_of(extractor: Extractor, record: Mapping[str, Any], observation: Mappin
         record: of ``extractor.fusion.recording()`` after a forward pass.
         observation: the first row as the environment gave it, pictures channels last.
     """
+    fusion = extractor.fusion
+    kind = next((name for name, each in FUSIONS.items() if type(fusion) is each), type(fusion).__name__)
     if "weights" in record:
-        shares = record["weights"][0].tolist()
-        return Gaze(weights=dict(zip(extractor.fusion.lengths, shares, strict=True)))
+        weights = dict(zip(fusion.lengths, record["weights"][0].tolist(), strict=True))
+        return Gaze(weights=weights, caption=f"How much each modality weighs ({kind}).")
     if "attention" not in record:
         return Gaze()
     for name, modality in extractor.modalities.items():
         if modality in ("image", "images") and record["masks"][name][0].any():
-            return Gaze(heat=_heat(extractor, record, name, observation[name].shape))
+            return _attention(extractor.fusion, record, name, observation[name].shape, kind)
     return Gaze()
 
 
-def _heat(
-    extractor: Extractor, record: Mapping[str, Any], picture: str, shape: tuple[int, ...]
-) -> npt.NDArray[np.float32] | None:
-    """Attention to the cells of a picture ``(H, W, 3)`` or of K pictures ``(K, H, W, 3)`` as ``(K, h, w)``."""
-    fusion: Any = extractor.fusion
+def _attention(
+    fusion: Any, record: Mapping[str, Any], picture: str, shape: tuple[int, ...], kind: str
+) -> Gaze:
+    """Attention to the cells of a picture ``(H, W, 3)`` or of K pictures ``(K, H, W, 3)``."""
     count, height, width = shape[-4] if len(shape) == 4 else 1, shape[-3], shape[-2]
     cells = fusion.lengths[picture] // count
     high = max(1, round(math.sqrt(cells * height / width)))
     if count * high * (cells // high) != fusion.lengths[picture]:
-        return None
+        return Gaze()
     asking = [name for name in fusion.others(picture) if record["masks"][name][0].any()] or [picture]
-    total = torch.zeros(fusion.lengths[picture])
+    maps = []
     for key, attention in record["attention"].items():
         name = key.rsplit("/", 1)[0]
         columns = fusion.columns(name)
         if name in asking and picture in columns:
             words = attention[0][record["masks"][name][0]]
-            total += words[:, columns[picture]].mean(0).cpu()
-    heat = total / total.max().clamp(min=1e-12)
-    return heat.view(count, high, -1).numpy()
+            maps.append(words[:, columns[picture]].mean(0).cpu())
+    if not maps:
+        return Gaze()
+    mean = torch.stack(maps).mean(0)  # (count * cells,)
+    times = len(maps) // len(asking)
+    stage = "round" if kind == "cross_attention" else "layer"
+    over = f"mean of {times} {stage}s" if times > 1 else f"one {stage}"
+    who = " and ".join(f"the {name}" for name in asking)
+    caption = (
+        f"Where {who} look{'s' * (len(asking) == 1)} in the {picture} ({kind}, {over}): the brightest cell has "
+        f"{mean.max():.2f} of the attention."
+    )
+    heat = mean / mean.max().clamp(min=1e-12)
+    return Gaze(heat=heat.view(count, high, -1).numpy(), caption=caption)

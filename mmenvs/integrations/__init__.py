@@ -7,6 +7,6 @@ from types import ModuleType
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name != "sb3":
-        raise AttributeError(f"module 'mmenvs.integrations' has no attribute {name!r}; there is sb3")
-    return importlib.import_module("mmenvs.integrations.sb3")
+    if name not in ("ray", "sb3"):
+        raise AttributeError(f"module 'mmenvs.integrations' has no attribute {name!r}; there are ray, sb3")
+    return importlib.import_module(f"mmenvs.integrations.{name}")

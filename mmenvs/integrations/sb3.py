@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmenvs.embeddings import Extractor, Fusion
 from mmenvs.embeddings.extractor import Precision
-from mmenvs.spaces import Modality
+from mmenvs.spaces import Modality, channels_last, picture_shape
 from mmenvs.vector import MultimodalVectorEnv
 
 Observation = Any  # {name: (n, ...)}, or (n, features_dim) of a pooled embedding
@@ -50,9 +50,10 @@ class MultimodalVecEnv(VecEnv):
         self._pictures: tuple[str, ...] = ()
         if isinstance(space, spaces.Dict):
             self._pictures = tuple(name for name, part in space.items() if _is_picture(part))
+            turned = {name: picture_shape(space[name].shape or ()) for name in self._pictures}
             space = spaces.Dict(
                 {
-                    name: _channels_first_space(part) if name in self._pictures else part
+                    name: spaces.Box(0, 255, turned[name], np.uint8) if name in turned else part
                     for name, part in space.items()
                 }
             )
@@ -241,12 +242,11 @@ class MultimodalExtractor(BaseFeaturesExtractor):
 
 
 def _is_picture(space: spaces.Space) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
-
-
-def _channels_first_space(space: spaces.Space) -> spaces.Box:
-    height, width, channels = space.shape or ()
-    return spaces.Box(0, 255, (channels, height, width), np.uint8)
+    """Whether it is a picture that Stable-Baselines3 would turn."""
+    shape = space.shape or ()
+    return (
+        isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 3 and channels_last(shape)
+    )
 
 
 def _find(adapter: MultimodalVecEnv, name: str) -> Any:

@@ -41,6 +41,8 @@ class Task(ABC):
         pool_index: int64 ``(num_envs,)``, the pool's item that each row's episode is, -1 without a pool. The
             observations at the start of an episode depend on it, the split, the difficulty and the task's
             other arguments alone, not on ``pool_size``.
+        pool: with a source, the indices of its items that belong to the split, which a subclass sets; None without.
+        item: with a source, the item that each row's episode is, int64 ``(num_envs,)``.
     """
 
     # Observations that don't change between reset and the end of the episode.
@@ -50,6 +52,8 @@ class Task(ABC):
     action_space: spaces.Discrete
     vocabulary: Vocabulary
     info_types: dict[str, type]  # every key of the infos and its Python type: bool, int or float
+    pool: Rows | None = None
+    item: Rows
 
     def __init__(
         self, num_envs: int, *, split: str = "train", difficulty: int = 0, pool_size: int | None = None
@@ -79,6 +83,19 @@ class Task(ABC):
         """Begin, in each of ``rows``, the pool's item ``self.pool_index[i]``."""
         random.start_pool(self.streams, rows, self.split_id, self.pool_index)
         self.sample(rows)
+
+    def count_items(self) -> int | None:
+        """How many different episodes begin: those of the pool, or of a source; None if all are drawn anew."""
+        return self.pool_size if self.pool is None else len(self.pool)
+
+    def start_items(self, rows: Rows, items: Rows) -> None:
+        """Begin, in each of ``rows``, the item ``items[i]``, from 0 to ``count_items() - 1``."""
+        if self.pool is None:
+            self.pool_index[rows] = items
+            self.start_pool(rows)
+        else:
+            self.sample(rows)
+            self.item[rows] = self.pool[items]
 
     @abstractmethod
     def sample(self, rows: Rows) -> None:

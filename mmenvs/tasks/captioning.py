@@ -185,7 +185,7 @@ class Captioning(Task):
         self.captions[rows, 1:] = PAD
         for values in self.scores.values():
             values[rows] = 0.0
-        if self.source is None:
+        if self.pool is None:
             scene.sample_rows(self.scenes, rows, self.streams, self.level, self.split_id)
         else:
             random.choose_rows(self.streams, rows, self.pool, self.item)

@@ -9,9 +9,10 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from mmenvs import spaces as modalities
-from mmenvs.checks import check_image_size
+from mmenvs.checks import check_image_size, integer_in
 from mmenvs.tasks.base import Rows, Task, check_no_pool
 from mmenvs.world import questions, random, render, scene
+from mmenvs.world.phrasings import MAX_FILLER, fill_rows
 from mmenvs.world.words import VOCABULARY
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class VQA(Task):
     | key | space | meaning |
     |---|---|---|
     | `image` | `Box(0, 255, (image_size, image_size, 3), uint8)` | the picture, RGB |
-    | `question` | `Box(0, V-1, (20,), int64)` | word ids, 0 is padding; a source sets its own length |
+    | `question` | `Box(0, V-1, (20 + filler,), int64)` | word ids, 0 is padding; a source sets its own length |
 
     ## Action Space
 
@@ -71,6 +72,8 @@ class VQA(Task):
     * `source=None`: a reader such as `mmenvs.datasets.VQAv2`.
     * `pool_size=None`: None draws every scene anew; N draws from a finite pool of N scenes of the split, whose
       embeddings can be cached whole. `task.pool_index` says which one it is. Not with a source.
+    * `filler=0`: 0 to 40 words that tell nothing stand before each question, to see what longer texts do to an
+      agent. They are drawn after the scene and the question, which stay what they are. Not with a source.
     * `text="ids"`: `"string"` gives the question as a sentence.
 
     ## References
@@ -94,13 +97,15 @@ class VQA(Task):
         image_size: int = 64,
         source: QuestionSource | None = None,
         pool_size: int | None = None,
+        filler: int = 0,
     ) -> None:
         super().__init__(num_envs, split=split, difficulty=difficulty, pool_size=pool_size)
+        self.filler = np.zeros((num_envs, integer_in("filler", filler, 0, MAX_FILLER)), np.int64)
         self.image_size = check_image_size(image_size)
         self.source = source
         self.info_types = {"is_success": bool, "question_type": int, "answer": int}
         if source is None:
-            self.vocabulary, length = VOCABULARY, questions.LENGTH
+            self.vocabulary, length = VOCABULARY, filler + questions.LENGTH
             self.answers: tuple[str, ...] = questions.ANSWERS
             self.types: tuple[str, ...] = questions.TYPES
             self.scenes = scene.empty(num_envs)
@@ -108,6 +113,8 @@ class VQA(Task):
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
             check_no_pool(pool_size)
+            if filler:
+                raise ValueError(f"filler must be 0 with a source, got {filler}")
             _check_source(source, ("questions", "score", "prepare", "select", "pictures"))
             source.prepare(self.image_size)
             self.vocabulary, length = source.vocabulary, source.question_length
@@ -129,8 +136,9 @@ class VQA(Task):
         self.ended[rows] = False
         self.chosen[rows] = -1
         self.scores[rows] = 0.0
-        if self.source is None:
+        if self.pool is None:
             questions.ask_rows(self.scenes, self.questions, rows, self.streams, self.level, self.split_id)
+            fill_rows(self.filler, rows, self.streams)
         else:
             random.choose_rows(self.streams, rows, self.pool, self.item)
 
@@ -141,10 +149,14 @@ class VQA(Task):
             else:
                 self.source.pictures(self.item[rows], self.image_size, out["image"], rows)
         if "question" in out:
-            words = (
-                self.questions.words[rows] if self.source is None else self.source.questions[self.item[rows]]
-            )
-            out["question"][rows] = words
+            out["question"][rows] = self._words(rows)
+
+    def _words(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """The questions of ``rows``, ``(len(rows), L)`` word ids."""
+        if self.source is not None:
+            return self.source.questions[self.item[rows]]
+        asked = self.questions.words[rows]
+        return np.concatenate([self.filler[rows], asked], 1) if self.filler.size else asked
 
     def step(
         self, rows: Rows, actions: npt.NDArray[np.int64]
@@ -175,7 +187,7 @@ class VQA(Task):
     def describe(self, row: int) -> dict[str, Any]:
         if self.source is None:
             kind = self.types[self.questions.type[row]]
-            question = self.vocabulary.decode(self.questions.words[row])
+            question = self.vocabulary.decode(self._words(np.array([row]))[0])
             answer = self.answers[self.questions.answer[row]]
         else:
             kind = self.types[self.source.type_ids[self.item[row]]]

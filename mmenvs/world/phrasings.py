@@ -11,6 +11,9 @@ from mmenvs.world.random import below
 from mmenvs.world.words import FIRST_COLOUR, FIRST_PLURAL, FIRST_SHAPE, FIRST_SIZE, FIRST_TEXTURE, VOCABULARY
 
 LENGTH = 20  # words of the longest question, rounded up
+MAX_FILLER = 40
+# Words that ask for nothing, wherever they stand.
+_FILLER = np.array([VOCABULARY.id(word) for word in "it has have does picture in to of as . ,".split()])
 _RELATIONS = ("left of", "right of", "above", "below")
 _SUPERLATIVES = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest")
 _COMPARISONS = ("more", "fewer", "same")
@@ -145,3 +148,11 @@ def say(questions, q, streams, row):
                     w += 1
     for t in range(w, LENGTH):
         words[q, t] = 0
+
+
+@njit(cache=True, nogil=True)
+def fill_rows(words: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], streams) -> None:
+    """Draw ``words[i]``, words that tell nothing, for each of ``rows``."""
+    for j in range(rows.size):
+        for k in range(words.shape[1]):
+            words[rows[j], k] = _FILLER[below(streams, rows[j], _FILLER.size)]
