@@ -1,4 +1,4 @@
-"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py``."""
+"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py`` and ``cli_vlm.py``."""
 
 from __future__ import annotations
 
@@ -327,13 +327,16 @@ def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
 
 
 def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
-    """The agent that ``train`` left in ``folder``, and the arguments of its environment.
+    """The agent that ``train`` or ``finetune-vlm`` left in ``folder``, and the arguments of its environment.
 
     Args:
         folder: where it was saved.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         source: real data to use in place of those it was trained on.
     """
+    if (folder / "vlm.json").is_file():
+        policy = agents("vlm").load(folder, device, {} if source is None else {"source": source})
+        return policy, dict(policy.episodes.env_kwargs)
     sb3 = agents("sb3")
     try:
         settings = json.loads((folder / "settings.json").read_text())["settings"]
@@ -372,5 +375,5 @@ def print_results(results: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-# Registers its commands on ``app``, which it imports from here.
-from mmenvs import cli_embeddings  # noqa: F401
+# They register their commands on ``app``, which they import from here.
+from mmenvs import cli_embeddings, cli_vlm  # noqa: F401

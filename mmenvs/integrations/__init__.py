@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+_MODULES = ("sb3", "trl")
+
 
 def __getattr__(name: str) -> ModuleType:
-    if name != "sb3":
-        raise AttributeError(f"module 'mmenvs.integrations' has no attribute {name!r}; there is sb3")
-    return importlib.import_module("mmenvs.integrations.sb3")
+    if name not in _MODULES:
+        raise AttributeError(
+            f"module 'mmenvs.integrations' has no attribute {name!r}; there are {', '.join(_MODULES)}"
+        )
+    return importlib.import_module(f"mmenvs.integrations.{name}")
