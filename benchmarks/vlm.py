@@ -53,16 +53,12 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
-def build(
-    folder: Path, width: int = 128, layers: int = 4, size: int = 64, patch: int = 8, seed: int = 0
-) -> Any:
-    """Save an untrained Idefics3 (Laurencon et al. 2024) with its processor.
+def idefics3(width: int = 128, layers: int = 4, size: int = 64, patch: int = 8) -> tuple[Any, Any]:
+    """An untrained Idefics3 (Laurencon et al. 2024) and its processor.
 
     Args:
-        folder: where.
         width, layers: of the language model; the vision encoder has as wide layers, half as many.
         size, patch: pixels of the picture and of a patch; four patches make a token.
-        seed: of the weights.
     """
     words = tokenizer()
     shape = {"hidden_size": width, "num_attention_heads": max(2, width // 32), "intermediate_size": 3 * width}
@@ -88,13 +84,9 @@ def build(
     images = hf.Idefics3ImageProcessorPil(
         size={"longest_edge": size}, max_image_size={"longest_edge": size}, do_image_splitting=False
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = hf.Idefics3ForConditionalGeneration(config)
-    model.save_pretrained(folder)
     tokens = (size // patch) ** 2 // 4
-    hf.Idefics3Processor(images, words, image_seq_len=tokens, chat_template=TEMPLATE).save_pretrained(folder)
-    return model
+    processor = hf.Idefics3Processor(images, words, image_seq_len=tokens, chat_template=TEMPLATE)
+    return hf.Idefics3ForConditionalGeneration(config), processor
 
 
 def main() -> None:
@@ -111,7 +103,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    model = build(options.out / "untrained", options.width, options.layers, seed=options.seed)
+    torch.manual_seed(options.seed)
+    model, processor = idefics3(options.width, options.layers)
+    for part in (model, processor):
+        part.save_pretrained(options.out / "untrained")
     size = sum(parameter.numel() for parameter in model.parameters())
     settings = VLMSettings(
         "MMRL/VQA-v0",

@@ -82,7 +82,7 @@ def finetune_vlm(
                 player, id, split="test", episodes=episodes, env_kwargs=opened
             )
             if player is not name:
-                unparsable.append(f"{name} {player.unparsable} of {player.answers}")
+                unparsable.append(f"{name} {player.unparsable / player.answers:.1%}")
 
         if episodes:
             measure("zero-shot", agent.zero_shot(settings, device))
