@@ -132,7 +132,7 @@ def evaluate(
         deterministic: handed to ``predict``.
         wrap: makes what the agent sees out of the native environment, for example
             ``lambda envs: VectorEmbedObservation(envs, "shapes")`` or a ``VectorPerturbObservation``. An agent's
-            own ``wrap`` goes around the native environment first.
+            own ``wrap`` goes around that.
 
     Raises:
         ValueError, TypeError, gymnasium.error.Error: for arguments that name nothing that exists.
@@ -148,7 +148,7 @@ def evaluate(
     try:
         predict = _predictor(agent, envs, seed)
         seen: Any = envs
-        for around in (getattr(agent, "wrap", None), wrap):
+        for around in (wrap, getattr(agent, "wrap", None)):
             seen = seen if around is None else around(seen)
         returns, lengths, successes, types = _play(predict, seen, episodes, seed, deterministic)
     finally:

@@ -244,19 +244,24 @@ def longest_answer(episodes: TextEpisodes, processor: Any) -> int:
     return max(map(tokens, episodes.options)) + 4
 
 
-def load_model(source: str, device: str = "auto", *, train_all: bool = False) -> tuple[Any, Any]:
+def load_model(source: str, device: str = "auto") -> tuple[Any, Any]:
     """A vision-language model and its processor, from safetensors, without any code of theirs.
 
     Args:
         source: folder or Hugging Face name.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Half precision (bfloat16) on a GPU.
-        train_all: all weights will be trained, so they are held in float32.
 
     Raises:
         FileNotFoundError: if there is no such model, or the folder lacks files.
         ValueError: if it isn't a vision-language model with a chat template, or its files are damaged.
     """
     device = resolve_device(device)
+    model, processor = _read(source, half=device != "cpu")
+    return model.to(device), processor
+
+
+def _read(source: str, half: bool) -> tuple[Any, Any]:
+    """The model, in bfloat16 if ``half``, on the CPU, and its processor."""
     folder = find_folder(source, local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1")
     check_folder(folder, source, text=False)
     config = read_config(folder, source)
@@ -270,7 +275,6 @@ def load_model(source: str, device: str = "auto", *, train_all: bool = False) ->
         processor = transformers.AutoProcessor.from_pretrained(folder, **safe)
     if not hasattr(processor, "tokenizer") or getattr(processor, "chat_template", None) is None:
         raise ValueError(f"model {source!r} has no chat template, in which prompts could be written")
-    half = device != "cpu" and not train_all
     with loading(source, "weights"):
         auto: Any = transformers.AutoModelForImageTextToText
         model, info = auto.from_pretrained(
@@ -283,7 +287,7 @@ def load_model(source: str, device: str = "auto", *, train_all: bool = False) ->
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
         raise ValueError(f"the weights of {source!r} lack {len(lacking)} tensors, such as {lacking[0]!r}")
-    return model.to(device), processor
+    return model, processor
 
 
 def zero_shot(settings: VLMSettings, device: str = "auto") -> VLMPolicy:
@@ -318,10 +322,13 @@ def finetune(
     """
     trl, out, device = _trl(), check_out(out), resolve_device(device)
     episodes = settings.episodes()
-    model, processor = load_model(settings.model, device, train_all=settings.lora == 0)
+    # Steps of a learning rate for all weights are too small to be added to bfloat16.
+    model, processor = _read(settings.model, half=device != "cpu" and settings.lora > 0)
     max_tokens = settings.max_tokens or longest_answer(episodes, processor)
     arguments = _arguments(settings, out, device, max_tokens)
     config = getattr(trl, f"{settings.algo.upper()}Config")(**arguments)
+    model.to(config.device)  # the GPU of this process
+    transformers.set_seed(settings.seed)
     rows = settings.batch * settings.steps * config.world_size
     common: dict[str, Any] = {
         "model": model,

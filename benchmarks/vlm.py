@@ -1,7 +1,7 @@
 """A small vision-language model built from a configuration: supervised on the world, then GRPO through TRL.
 
     OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm
-    OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm --sft-steps 200 --rl-steps 50 --episodes 500    # a try
+    OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm --sft-steps 40 --rl-steps 5 --episodes 200    # a try
 
 Prints the success on the test split after each of the two, greedy and sampled, and leaves ``results.json``.
 """
@@ -93,12 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/vlm"))
     parser.add_argument("--difficulty", type=int, default=0)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--sft-steps", type=int, default=4000)
-    parser.add_argument("--rl-steps", type=int, default=1000)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--sft-steps", type=int, default=400)
+    parser.add_argument("--rl-steps", type=int, default=1500)
+    parser.add_argument("--rl-batch", type=int, default=256)
     parser.add_argument("--sft-rate", type=float, default=1e-3)
-    parser.add_argument("--rl-rate", type=float, default=1e-4)
+    parser.add_argument("--rl-rate", type=float, default=5e-5)
     parser.add_argument("--episodes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -126,6 +127,7 @@ def main() -> None:
         model=str(options.out / "sft"),
         algo="grpo",
         steps=options.rl_steps,
+        batch=options.rl_batch,
         learning_rate=options.rl_rate,
         seed=options.seed + 10_000,
     )

@@ -246,7 +246,8 @@ def evaluate(
     """Success of a trained agent with a 95 % interval, beside random, most frequent answer and oracle."""
     with user_errors():
         one_of("split", split, SPLITS)
-        model, kwargs = load_agent(folder, device, source)
+        load = load_vlm if (folder / "vlm.json").is_file() else load_agent
+        model, kwargs = load(folder, device, source)
         if difficulty is not None:
             kwargs["difficulty"] = parse_difficulty(difficulty)
     evaluation = agents("evaluation")
@@ -327,16 +328,13 @@ def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
 
 
 def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
-    """The agent that ``train`` or ``finetune-vlm`` left in ``folder``, and the arguments of its environment.
+    """The agent that ``train`` left in ``folder``, and the arguments of its environment.
 
     Args:
         folder: where it was saved.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         source: real data to use in place of those it was trained on.
     """
-    if (folder / "vlm.json").is_file():
-        policy = agents("vlm").load(folder, device, {} if source is None else {"source": source})
-        return policy, dict(policy.episodes.env_kwargs)
     sb3 = agents("sb3")
     try:
         settings = json.loads((folder / "settings.json").read_text())["settings"]
@@ -349,6 +347,12 @@ def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict
     model = sb3.load(folder, device, reader)
     model.settings = replace(model.settings, env_kwargs=saved)
     return model, {**saved, **reader}
+
+
+def load_vlm(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
+    """The same of the model that ``finetune-vlm`` left in ``folder``."""
+    policy = agents("vlm").load(folder, device, {} if source is None else {"source": source})
+    return policy, dict(policy.episodes.env_kwargs)
 
 
 def print_results(results: Mapping[str, Any]) -> None:

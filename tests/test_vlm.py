@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -32,6 +34,7 @@ from mmenvs.world.words import VOCABULARY
 from tests import tiny_models
 
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
+DOCS = Path(__file__).parent.parent / "docs" / "vlm.md"
 WORDS = [word for word in VOCABULARY.words if word not in SPECIAL and word not in "?.,"]
 # TRL still uses the old name of an argument of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -359,9 +362,9 @@ def test_without_adapters_all_weights_change(folder, tmp_path):
 
 @pytest.mark.parametrize("algo", ["grpo", "rloo"])
 def test_reinforcement_raises_the_reward(folder, tmp_path, algo):
-    """Nearly every answer can be read after 25 updates, of which a fresh model gives few."""
+    """Nearly every answer can be read after 20 updates, of which a fresh model gives few."""
     settings = little(folder(), algo=algo, lora=0, kl=0.0, batch=32)
-    finetune(replace(settings, steps=25), tmp_path, "cpu")
+    finetune(replace(settings, steps=20), tmp_path, "cpu")
     log = [row for row in json.loads((tmp_path / "log.json").read_text()) if "loss" in row]
     assert log[0]["unparsable"] > 0.4
     assert log[-1]["unparsable"] < 0.1
@@ -479,6 +482,39 @@ def test_no_gpu_is_no_silent_cpu(folder):
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="cuda"):
         zero_shot(little(folder()), "cuda")
+
+
+# The recipes of the documentation
+
+
+def blocks(kind: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for language, text in found if language == kind]
+
+
+def test_the_configurations_in_the_documentation_are_taken(tmp_path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    (tmp_path / "accelerate.yaml").write_text(blocks("yaml")[0])
+    config = load_config_from_file(str(tmp_path / "accelerate.yaml"))
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == ("MULTI_GPU", 4, "bf16")
+    given = re.search(r"arguments=(\{[^}]*\})", DOCS.read_text().split("`--vllm` stands for")[1])
+    served = ast.literal_eval(given[1])
+    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    assert trl.GRPOConfig(str(tmp_path), **served, **plain).vllm_server_base_url == "http://localhost:8000"
+    inside = ast.parse(blocks("python")[0])
+    dr_grpo = next(ast.literal_eval(node.value) for node in inside.body if isinstance(node, ast.Assign))
+    assert trl.GRPOConfig(str(tmp_path), **dr_grpo, **plain).loss_type == "dr_grpo"
+    trl.RLOOConfig(str(tmp_path), **served, **plain)
+
+
+def test_the_commands_in_the_documentation_have_their_options():
+    help = command("finetune-vlm", "--help")
+    lines = [line for block in blocks("") for line in block.splitlines() if "finetune-vlm" in line]
+    assert len(lines) == 3
+    for line in lines:
+        for option in re.findall(r"--[a-z-]+", line.split("finetune-vlm")[1]):
+            assert option in help
 
 
 def command(*arguments: object, code: int = 0) -> str:
