@@ -209,6 +209,7 @@ class VLMPolicy:
                 {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
             ),
             suppress_tokens=[self.model.config.image_token_id],
+            repetition_penalty=1.0,  # as in training
             disable_compile=True,
             **how,
         )
@@ -320,8 +321,9 @@ def finetune(
         ImportError: without TRL.
         FileNotFoundError, ValueError: see :func:`load_model` and :class:`mmenvs.integrations.trl.TextEpisodes`.
     """
-    trl, out, device = _trl(), check_out(out), resolve_device(device)
+    trl, out, device = require_trl(), check_out(out), resolve_device(device)
     episodes = settings.episodes()
+    document = _document(settings)
     # Steps of a learning rate for all weights are too small to be added to bfloat16.
     model, processor = _read(settings.model, half=device != "cpu" and settings.lora > 0)
     max_tokens = settings.max_tokens or longest_answer(episodes, processor)
@@ -360,7 +362,7 @@ def finetune(
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if settings.lora:
             trained = trained.merge_and_unload()
-        _save(trained, processor, settings, trainer.state, out)
+        _save(trained, processor, document, trainer.state, out)
     trainer.accelerator.wait_for_everyone()
     return finished
 
@@ -507,7 +509,29 @@ def _progress(say: Callable[[str], None]) -> transformers.TrainerCallback:
     return Progress()
 
 
-def _save(model: Any, processor: Any, settings: VLMSettings, state: Any, out: Path) -> None:
+def _document(settings: VLMSettings) -> dict[str, Any]:
+    """What is written about a training; a ``TypeError`` before it, rather than after, if it can't be."""
+    source = settings.env_kwargs.get("source")
+    kept = {
+        key: value for key, value in settings.env_kwargs.items() if key != "source" or isinstance(source, str)
+    }
+    document = {
+        "format": FORMAT,
+        "settings": asdict(replace(settings, env_kwargs=kept, arguments=dict(settings.arguments))),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": require_trl().__version__,
+        },
+    }
+    try:
+        json.dumps(document)
+    except TypeError as error:
+        raise TypeError(f"env_kwargs and arguments must be values that JSON can hold: {error}") from None
+    return document
+
+
+def _save(model: Any, processor: Any, document: dict[str, Any], state: Any, out: Path) -> None:
     """Write the whole model; its settings last, so that a save that was cut off isn't taken for a model."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as temporary:
@@ -517,24 +541,12 @@ def _save(model: Any, processor: Any, settings: VLMSettings, state: Any, out: Pa
             os.replace(file, out / file.name)
     with replacing(out / "log.json") as file:
         file.write_text(json.dumps(state.log_history, indent=1))
-    kept = {
-        key: value for key, value in settings.env_kwargs.items() if key != "source" or isinstance(value, str)
-    }
-    document = {
-        "format": FORMAT,
-        "steps": state.global_step,
-        "settings": asdict(replace(settings, env_kwargs=kept)),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": _trl().__version__,
-        },
-    }
     with replacing(out / SETTINGS) as file:
-        file.write_text(json.dumps(document, indent=2))
+        file.write_text(json.dumps({**document, "steps": state.global_step}, indent=2))
 
 
-def _trl() -> Any:
+def require_trl() -> Any:
+    """TRL, or an ``ImportError`` that says how it is installed."""
     try:
         import trl
     except ImportError as error:

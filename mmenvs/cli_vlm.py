@@ -73,6 +73,7 @@ def finetune_vlm(
             arguments={} if vllm is None else serving,
         )
         opened = settings.episodes().env_kwargs
+        agent.require_trl()
         agent.check_out(out)
         results: dict[str, Any] = {}
         unparsable: list[str] = []

@@ -353,8 +353,10 @@ def test_three_steps_of_every_algorithm(folder, tmp_path, name, algo):
     assert evaluate(policy, VQA, episodes=8).episodes == 8
 
 
-def test_without_adapters_all_weights_change(folder, tmp_path):
-    finetune(little(folder(), algo="sft", lora=0), tmp_path, "cpu")
+@pytest.mark.parametrize("algo", ["rloo", "dpo"])
+def test_without_adapters_all_weights_change(folder, tmp_path, algo):
+    """With these two a second model is the reference."""
+    finetune(little(folder(), algo=algo, lora=0, kl=0.1), tmp_path, "cpu")
     before = transformers.AutoModelForImageTextToText.from_pretrained(folder()).state_dict()
     after = load(tmp_path, "cpu").model.state_dict()
     assert any("embed_tokens" in key and not torch.equal(after[key], before[key]) for key in after)
@@ -362,9 +364,9 @@ def test_without_adapters_all_weights_change(folder, tmp_path):
 
 @pytest.mark.parametrize("algo", ["grpo", "rloo"])
 def test_reinforcement_raises_the_reward(folder, tmp_path, algo):
-    """Nearly every answer can be read after 20 updates, of which a fresh model gives few."""
+    """Nearly every answer can be read after 15 updates, of which a fresh model gives few."""
     settings = little(folder(), algo=algo, lora=0, kl=0.0, batch=32)
-    finetune(replace(settings, steps=20), tmp_path, "cpu")
+    finetune(replace(settings, steps=15), tmp_path, "cpu")
     log = [row for row in json.loads((tmp_path / "log.json").read_text()) if "loss" in row]
     assert log[0]["unparsable"] > 0.4
     assert log[-1]["unparsable"] < 0.1
@@ -376,6 +378,14 @@ def test_the_same_settings_give_the_same_weights(folder, tmp_path):
         finetune(little(folder()), tmp_path / name, "cpu")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
+
+
+def test_ctrl_c_saves_what_there_is(folder, tmp_path):
+    def stop(line):
+        raise KeyboardInterrupt
+
+    assert not finetune(little(folder(), algo="sft"), tmp_path, "cpu", stop)
+    assert load(tmp_path, "cpu").num_timesteps == 1
 
 
 def test_pairs_are_ranked_by_the_environment(folder):
@@ -438,6 +448,11 @@ def test_wrong_settings_are_named(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         finetune(replace(little(folder()), **changes), tmp_path / "out", "cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_could_not_be_saved_are_refused_before_the_training(folder, tmp_path):
+    with pytest.raises(TypeError, match="env_kwargs and arguments must be values that JSON can hold"):
+        finetune(little(folder(), id=CAPTIONING, env_kwargs={"reward": len}), tmp_path, "cpu")
 
 
 def test_folders_that_hold_no_such_model_are_named(folder, tmp_path):
