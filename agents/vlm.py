@@ -88,12 +88,12 @@ class VLMSettings:
             )
         if self.algo == "sft" and self.kl is not None:
             raise ValueError(f"kl must be None for sft, which has no reference model, got {self.kl}")
-        for name in ("learning_rate", "kl", "temperature"):
+        if self.kl is not None and not 0 <= self.kl < math.inf:
+            raise ValueError(f"kl must be at least 0, got {self.kl}")
+        for name in ("learning_rate", "temperature"):
             value = getattr(self, name)
-            if value is not None and not (
-                math.isfinite(value) and (value > 0 or (name == "kl" and value == 0))
-            ):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be over 0, got {value}")
 
     def episodes(self) -> TextEpisodes:
         """The episodes that the settings name."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -31,7 +32,7 @@ from mmenvs.tasks.vqa import VQA as VQATask
 from mmenvs.text import END, SPECIAL, UNKNOWN
 from mmenvs.world.questions import ANSWERS
 from mmenvs.world.words import VOCABULARY
-from tests import tiny_models
+from tests import photos, tiny_models
 
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
 DOCS = Path(__file__).parent.parent / "docs" / "vlm.md"
@@ -68,6 +69,7 @@ def little(model: str, **changes) -> VLMSettings:
 edges = st.text(" .,;:!?\"'`*_()[]\n\t“”…", max_size=4)
 
 
+@examples(deadline=None, max_examples=60)
 @given(st.sampled_from(range(len(ANSWERS))), edges, edges, st.sampled_from([str.upper, str.title, str]))
 def test_an_answer_is_read_whatever_its_case_and_what_stands_around_it(action, before, after, write):
     parsed = AnswerReader(ANSWERS).parse(before + write(ANSWERS[action]) + after)
@@ -75,6 +77,7 @@ def test_an_answer_is_read_whatever_its_case_and_what_stands_around_it(action, b
     assert parsed.unparsable == 0.0
 
 
+@examples(deadline=None, max_examples=60)
 @given(st.text() | st.lists(st.sampled_from([*ANSWERS, "or", "it is"]), max_size=4).map(" ".join))
 def test_nothing_but_one_answer_is_read(text):
     parsed = AnswerReader(ANSWERS).parse(text)
@@ -95,6 +98,7 @@ def test_answers_that_fold_alike_are_not_guessed():
     assert reader.parse("Blue!").actions == (2,)
 
 
+@examples(deadline=None, max_examples=60)
 @given(
     st.lists(st.sampled_from([*WORDS, "zebra", "<end>", "<pad>", "2"]), max_size=12),
     st.sampled_from(["", ".", ", "]),
@@ -111,6 +115,7 @@ def test_captions_are_read_word_by_word(words, sign):
     assert parsed.unparsable == pytest.approx(1 - np.mean(known))
 
 
+@examples(deadline=None, max_examples=60)
 @given(st.text())
 def test_any_text_is_a_caption_the_environment_takes(text):
     parsed = CaptionReader(VOCABULARY).parse(text)
@@ -189,6 +194,20 @@ def test_captions_score_as_in_the_environment():
             total += gain
         assert reward == total
         assert success == info["is_success"]
+
+
+@pytest.mark.parametrize(("id", "source"), [(VQA, "vqav2"), (CAPTIONING, "coco")])
+def test_photographs_are_asked_about_and_scored(folder, tmp_path, id, source):
+    data = f"{source}:{photos.small(tmp_path / 'data')}"
+    settings = little(folder(), id=id, algo="sft", env_kwargs={"source": data})
+    episodes, seeds = settings.episodes(), range(8)
+    best = episodes.score(seeds, episodes.oracle(seeds)).rewards
+    assert (best > episodes.score(seeds, ["n"] * 8).rewards).all()
+    assert len(episodes.dataset(seeds)) == 8
+    finetune(replace(settings, steps=1), tmp_path / "out", "cpu")
+    policy = load(tmp_path / "out", "cpu")
+    assert policy.settings.env_kwargs == {"source": data}
+    assert policy.episodes.options == episodes.options
 
 
 def test_the_reward_function_scores_conversations_and_logs_what_it_could_not_read():
@@ -438,7 +457,8 @@ def test_trl_takes_the_tools_of_a_caption(folder, tmp_path):
         ({"lora": -1}, "lora must be from 0"),
         ({"steps": 0}, "steps must be from 1"),
         ({"generations": 1}, "generations must be from 2"),
-        ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be over 0, got 0.0"),
+        ({"kl": -0.1}, "kl must be at least 0, got -0.1"),
         ({"algo": "sft", "kl": 0.1}, "kl must be None for sft"),
         ({"id": MATCHING}, "has sound"),
         ({"model": "no/such-model"}, "'no/such-model' is no folder"),
