@@ -131,7 +131,8 @@ def evaluate(
         seed: names the episodes; it also seeds the baselines and the bootstrap.
         deterministic: handed to ``predict``.
         wrap: makes what the agent sees out of the native environment, for example
-            ``lambda envs: VectorEmbedObservation(envs, "shapes")`` or a ``VectorPerturbObservation``.
+            ``lambda envs: VectorEmbedObservation(envs, "shapes")`` or a ``VectorPerturbObservation``. An agent's
+            own ``wrap`` goes around that.
 
     Raises:
         ValueError, TypeError, gymnasium.error.Error: for arguments that name nothing that exists.
@@ -146,7 +147,9 @@ def evaluate(
     envs: MultimodalVectorEnv = made  # type: ignore[assignment]
     try:
         predict = _predictor(agent, envs, seed)
-        seen = envs if wrap is None else wrap(envs)
+        seen: Any = envs
+        for around in (wrap, getattr(agent, "wrap", None)):
+            seen = seen if around is None else around(seen)
         returns, lengths, successes, types = _play(predict, seen, episodes, seed, deterministic)
     finally:
         envs.close()

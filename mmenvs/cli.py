@@ -1,4 +1,4 @@
-"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py``."""
+"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py`` and ``cli_vlm.py``."""
 
 from __future__ import annotations
 
@@ -246,7 +246,8 @@ def evaluate(
     """Success of a trained agent with a 95 % interval, beside random, most frequent answer and oracle."""
     with user_errors():
         one_of("split", split, SPLITS)
-        model, kwargs = load_agent(folder, device, source)
+        load = load_vlm if (folder / "vlm.json").is_file() else load_agent
+        model, kwargs = load(folder, device, source)
         if difficulty is not None:
             kwargs["difficulty"] = parse_difficulty(difficulty)
     evaluation = agents("evaluation")
@@ -348,6 +349,12 @@ def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict
     return model, {**saved, **reader}
 
 
+def load_vlm(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
+    """The same of the model that ``finetune-vlm`` left in ``folder``."""
+    policy = agents("vlm").load(folder, device, {} if source is None else {"source": source})
+    return policy, dict(policy.episodes.env_kwargs)
+
+
 def print_results(results: Mapping[str, Any]) -> None:
     """Tables of evaluations, one row for each agent."""
     console = Console()
@@ -372,5 +379,5 @@ def print_results(results: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-# Registers its commands on ``app``, which it imports from here.
-from mmenvs import cli_embeddings  # noqa: F401
+# They register their commands on ``app``, which they import from here.
+from mmenvs import cli_embeddings, cli_vlm  # noqa: F401

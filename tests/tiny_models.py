@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from benchmarks import vlm
 from mmenvs.text import SPECIAL
 from mmenvs.world.words import VOCABULARY
 
@@ -150,6 +151,65 @@ BUILDERS: dict[str, dict[str, Builder]] = {
     "text": {"bert": bert, "mpnet": mpnet, "clip": clip},
     "audio": {"clap": clap, "ast": ast, "whisper": whisper, "wav2vec2": wav2vec2},
 }
+
+
+def idefics3() -> tuple[Any, Any]:
+    return vlm.idefics3(width=32, layers=2, size=32)
+
+
+def llava() -> tuple[Any, Any]:
+    words = vlm.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>", "<|image_pad|>"]})
+    text = {**SMALL, "vocab_size": len(words), "bos_token_id": None, "max_position_embeddings": 1024}
+    text |= {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**SMALL, image_size=32, patch_size=8),
+        text_config=hf.LlamaConfig(**text),
+        image_token_index=words.convert_tokens_to_ids("<|image_pad|>"),
+        image_seq_length=16,
+    )
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = hf.LlavaProcessor(
+        images,
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|image_pad|>",
+        chat_template=vlm.TEMPLATE.replace("<image>", "<|image_pad|>"),
+    )
+    return hf.LlavaForConditionalGeneration(config), processor
+
+
+def qwen2_5_vl() -> tuple[Any, Any]:
+    """Needs torchvision, as its processor also reads film."""
+    marks = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
+    words = vlm.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": marks})
+    start, image, video, end = words.convert_tokens_to_ids(marks)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
+    text = {**SMALL, "vocab_size": len(words), "bos_token_id": None, "num_key_value_heads": 2}
+    text |= {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32}
+    config = hf.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]},
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
+    processor = hf.Qwen2_5_VLProcessor(
+        hf.Qwen2VLImageProcessor(patch_size=8, size=size),
+        words,
+        hf.Qwen2VLVideoProcessor(patch_size=8, size=size),
+        chat_template=vlm.TEMPLATE.replace("<image>", "".join(marks[:2] + marks[3:])),
+    )
+    return hf.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+VLMS: dict[str, Builder] = {"idefics3": idefics3, "llava": llava, "qwen2_5_vl": qwen2_5_vl}
 
 
 def save(build: Builder, folder: Path) -> Path:

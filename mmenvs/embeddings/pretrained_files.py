@@ -35,6 +35,9 @@ DOWNLOADED = (
     "added_tokens.json",
     "merges.txt",
     "1_Pooling/config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
 LARGEST_JSON = 64 * 2**20  # bytes; the tokenizers of large vocabularies have about 20 MB
 
