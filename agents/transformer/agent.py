@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -16,35 +12,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gymnasium import spaces
+from gymnasium.error import NameNotFound
 from gymnasium.vector import AutoresetMode
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, make_output_format
 from torch import Tensor
 
-import mmenvs
 from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
-from mmenvs.files import replacing
 from mmenvs.registry import task_class
 
 from ..sb3 import check_encoders, default_precision
-from . import ppo
+from . import checkpoint, ppo
+from .callbacks import Callback, Hooks
 from .model import SIZES, Cache, ModelConfig, TransformerPolicy
 from .rollout import Rollout, as_tensors, collect
 
-FORMAT = 1
-KIND = "transformer"
-SETTINGS = "settings.json"
-_JSON_LIMIT = 2**20  # bytes
-_WINDOW = 1000  # episodes that the logged success is the mean of
-
 Envs = gym.vector.VectorEnv[Any, Any, Any]
-Callback = Callable[["TransformerAgent"], bool | None] | BaseCallback
 
 
 @dataclass(frozen=True)
@@ -228,7 +214,7 @@ class TransformerAgent:
             raise ValueError(
                 f"total_steps must be over the {self.num_timesteps} already done, got {total_steps}"
             )
-        hooks = _Hooks(self, callback, total_steps, progress_bar)
+        hooks = Hooks(self, callback, total_steps, progress_bar)
         if out is not None:
             formats = [
                 make_output_format(kind, str(out), f"_{self._learned}") for kind in ("csv", "tensorboard")
@@ -256,7 +242,7 @@ class TransformerAgent:
             self.logger = Logger(None, [])
         return self
 
-    def _collect(self, hooks: _Hooks) -> Rollout:
+    def _collect(self, hooks: Hooks) -> Rollout:
         recipe = self.settings.recipe
         hooks.playing()
         return collect(
@@ -355,30 +341,15 @@ class TransformerAgent:
         return arrays, single
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the agent into ``folder``: ``state_STEPS.safetensors`` (weights, optimiser), ``settings.json``.
-
-        ``settings.json`` is replaced last and names the other: a save that is cut off at any moment leaves the one
-        before in place.
-        """
-        path = Path(folder)
-        tensors = {f"policy.{name}": value.contiguous() for name, value in self.policy.state_dict().items()}
-        tensors |= state_tensors(self.optimizer)
-        counters = {"steps": self._learned, "iteration": self.iteration}
-        with replacing(path / f"state_{self._learned}.safetensors") as file:
-            file.write_bytes(serialise(tensors, {name: str(value) for name, value in counters.items()}))
+        """Write the agent into ``folder``, whole or not at all: ``settings.json`` and ``state_STEPS.safetensors``
+        with weights and optimiser."""
         settings = asdict(self.settings)
         # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
         if not isinstance(settings["env_kwargs"].get("source"), str):
             settings["env_kwargs"].pop("source", None)
-        versions = {"mmenvs": mmenvs.__version__, "torch": torch.__version__}
-        document = {"format": FORMAT, "agent": KIND, **counters, "settings": settings, "versions": versions}
-        text = json.dumps(document, indent=2)
-        with replacing(path / SETTINGS) as file:
-            file.write_text(text)
-        # Of earlier saves, and of those that were cut off.
-        for old in (*path.glob("state_*.safetensors"), *path.glob(".state_*.safetensors")):
-            if old.name != f"state_{self._learned}.safetensors":
-                old.unlink()
+        tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
+        counters = {"steps": self._learned, "iteration": self.iteration}
+        checkpoint.write(folder, settings, counters, tensors | state_tensors(self.optimizer))
 
     @classmethod
     def load(
@@ -392,7 +363,7 @@ class TransformerAgent:
 
         Args:
             folder: where it was saved.
-            env: vector environment for an agent that was not made from an id.
+            env: vector environment, for an agent that was not made from an id.
             device: as for the class.
             env_kwargs: takes the place of single saved arguments of the environment.
 
@@ -400,125 +371,41 @@ class TransformerAgent:
             FileNotFoundError: if the folder or one of its files is missing.
             ValueError: if the files are damaged, of another format or another kind of agent.
         """
-        path = Path(folder)
+        settings, counters = checkpoint.read(folder)
         problem = f"cannot load the agent in {str(folder)!r}: "
-        document = _read_document(path, problem)
         try:
-            settings = dict(document["settings"])
-            counters = {name: integer_in(name, document[name], 0, 10**15) for name in ("steps", "iteration")}
-            settings.pop("algo")
-            id = settings.pop("id")
-            size = ModelConfig(**settings.pop("model"))
-            arguments = {
-                **settings,
-                "env_kwargs": {**settings["env_kwargs"], **(env_kwargs or {})},
-                "recipe": ppo.PPORecipe(**settings["recipe"]),
-                "encoders": {
-                    name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
-                    for name, encoder in settings["encoders"].items()
-                },
+            id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
+            size, recipe = ModelConfig(**settings["model"]), ppo.PPORecipe(**settings["recipe"])
+            arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
+            encoders = {
+                name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+                for name, encoder in settings["encoders"].items()
             }
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{problem}{SETTINGS} is damaged: {error}") from error
+            raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
         if id is None and env is None:
             raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
-        file = path / f"state_{counters['steps']}.safetensors"
-        if not file.is_file():
-            raise FileNotFoundError(f"{str(file)!r} is missing")
-        made = id if env is None else env
-        agent = cls(
-            made, size, device=device, **(arguments if env is None else {**arguments, "env_kwargs": {}})
-        )
-        agent.settings = replace(agent.settings, id=id)
+        resolve_device(device)
         try:
-            with safe_open(file, "pt", device=str(agent.device)) as opened:
-                found = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            if any(found.get(name) != str(value) for name, value in counters.items()):
-                raise ValueError(f"{file.name} and {SETTINGS} are of different saves")
+            agent = cls(
+                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe,
+                env_kwargs=kwargs if env is None else None, **arguments,
+            )  # fmt: skip
+        except (FileNotFoundError, NameNotFound, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{problem}its settings can't be used: {error}") from error
+        agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
+        tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
+        try:
             weights = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
             agent.policy.load_state_dict(weights)
             load_state_tensors(agent.optimizer, tensors)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{problem}{file.name} is damaged or doesn't fit {SETTINGS}: {error}") from error
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
         agent.num_timesteps = agent._learned = counters["steps"]
         agent.iteration = counters["iteration"]
         return agent
-
-
-class _Hooks:
-    """What is called on the way: the user's callback, the log and the progress bar."""
-
-    def __init__(
-        self, agent: TransformerAgent, callback: Callback | None, total: int, progress_bar: bool
-    ) -> None:
-        if callback is not None and not callable(callback) and not isinstance(callback, BaseCallback):
-            raise TypeError(f"callback must be a function of the agent or a BaseCallback, got {callback!r}")
-        self.agent, self.total, self.stop = agent, total, False
-        self.theirs = callback if isinstance(callback, BaseCallback) else None
-        self.mine = None if isinstance(callback, BaseCallback) else callback
-        self.successes: deque[float] = deque(maxlen=_WINDOW)
-        self.returns: deque[float] = deque(maxlen=_WINDOW)
-        self.lengths: deque[float] = deque(maxlen=_WINDOW)
-        self.bar: Any = None
-        if progress_bar:
-            from ..sb3 import progress_line
-
-            self.bar = progress_line()
-
-    def begin(self) -> None:
-        self.since, self.first = time.perf_counter(), self.agent.num_timesteps
-        if self.bar is not None:
-            self.bar.start()
-            self.line = self.bar.add_task("", total=self.total, completed=self.first, success="", speed="")
-        if self.theirs is not None:
-            self.theirs.init_callback(self.agent)  # type: ignore[arg-type]
-            self.theirs.on_training_start({}, {})
-
-    def playing(self) -> None:
-        if self.theirs is not None:
-            self.theirs.on_rollout_start()
-
-    def stepped(self, rows: int) -> None:
-        self.agent.num_timesteps += rows
-        if self.theirs is not None and not self.theirs.on_step():
-            self.stop = True
-
-    def updated(self, rollout: Rollout, log: Mapping[str, float]) -> None:
-        agent = self.agent
-        self.returns.extend(rollout.returns.tolist())
-        self.lengths.extend(rollout.episodes.lengths.tolist())
-        means: dict[str, Any] = {
-            "rollout/ep_rew_mean": np.mean(self.returns),
-            "rollout/ep_len_mean": np.mean(self.lengths),
-        }
-        if rollout.successes is not None:
-            self.successes.extend(rollout.successes.tolist())
-            means["rollout/success_rate"] = np.mean(self.successes)
-        speed = (agent.num_timesteps - self.first) / max(time.perf_counter() - self.since, 1e-9)
-        means |= {
-            "time/fps": speed,
-            "time/iterations": agent.iteration,
-            "time/total_timesteps": agent.num_timesteps,
-        }
-        for name, value in {**means, **log}.items():
-            agent.logger.record(name, float(value))
-        agent.logger.dump(agent.num_timesteps)
-        if self.bar is not None:
-            success = f"success {np.mean(self.successes):.3f}" if self.successes else ""
-            self.bar.update(
-                self.line, completed=agent.num_timesteps, success=success, speed=f"{speed:,.0f} steps/s"
-            )
-        if self.theirs is not None:
-            self.theirs.on_rollout_end()
-        if self.mine is not None and self.mine(agent) is False:
-            self.stop = True
-
-    def end(self) -> None:
-        if self.theirs is not None:
-            self.theirs.on_training_end()
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def _word(seed: int, purpose: str, number: int) -> int:
@@ -539,24 +426,3 @@ def _check_envs(envs: Any) -> None:
         raise TypeError(f"env must have Dict observations, got {envs.single_observation_space}")
     if getattr(envs.unwrapped, "text", "ids") != "ids":
         raise ValueError("text must be 'ids' for a transformer policy, got 'string'")
-
-
-def _read_document(path: Path, problem: str) -> dict[str, Any]:
-    """``settings.json`` of an agent of this kind and format."""
-    file = path / SETTINGS
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no agent in {str(path)!r}: there is no {SETTINGS}; 'mmenvs train' writes one"
-        )
-    if file.stat().st_size > _JSON_LIMIT:
-        raise ValueError(f"{problem}{SETTINGS} has over {_JSON_LIMIT} bytes")
-    try:
-        document = json.loads(file.read_text())
-        kind, found = document.get("agent"), document["format"]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{problem}{SETTINGS} is damaged: it holds no settings of an agent") from error
-    if kind != KIND:
-        raise ValueError(f"{problem}it is no transformer agent; mmenvs_agents.sb3.load reads others")
-    if found != FORMAT:
-        raise ValueError(f"{problem}{SETTINGS} has format {found!r}, this version reads format {FORMAT}")
-    return document
