@@ -151,7 +151,7 @@ from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.model import ModelConfig
 from mmenvs_agents.transformer.ppo import PPORecipe
 agent = TransformerAgent("MMRL/VQA-v0", ModelConfig(**{model}), recipe=PPORecipe(**{recipe}), device="cpu",
-                         env_kwargs={{"image_size": 32}})
+                         precision="float32", env_kwargs={{"image_size": 32}})
 print("ready", flush=True)
 agent.learn(10**9, out=sys.argv[1], checkpoint_steps=1)
 """

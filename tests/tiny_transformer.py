@@ -17,7 +17,7 @@ SMALL = {"image_size": 32}
 def make_agent(env=VQA, recipe=QUICK, **more):
     if isinstance(env, str):
         more.setdefault("env_kwargs", SMALL)
-    return TransformerAgent(env, TINY, recipe=recipe, device="cpu", **more)
+    return TransformerAgent(env, TINY, recipe=recipe, device="cpu", precision="float32", **more)
 
 
 class Recall(gym.Env):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -44,7 +45,7 @@ class Settings:
         fixed, history: as for :class:`~mmenvs_agents.transformer.model.TransformerPolicy`.
         encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
         recipe: of PPO.
-        algo: the algorithm.
+        algo: how the command line names this agent.
     """
 
     id: str | None
@@ -56,7 +57,12 @@ class Settings:
     encoders: dict[str, str | Pretrained]
     precision: Precision
     recipe: ppo.PPORecipe
-    algo: str = "ppo"
+    algo: str = checkpoint.KIND
+
+    @property
+    def size(self) -> str | ModelConfig:
+        """The name of ``model`` in ``SIZES``, or itself."""
+        return next((name for name, config in SIZES.items() if config == self.model), self.model)
 
 
 @dataclass
@@ -406,6 +412,29 @@ class TransformerAgent:
         agent.num_timesteps = agent._learned = counters["steps"]
         agent.iteration = counters["iteration"]
         return agent
+
+
+def train(
+    agent: TransformerAgent, total_steps: int, out: str | os.PathLike[str], progress: bool = True
+) -> bool:
+    """Learn until ``total_steps``; Ctrl-C ends it after the update in hand, with a checkpoint.
+
+    Returns:
+        False if Ctrl-C ended it early, else True.
+    """
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one ends at once
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        agent.learn(total_steps, lambda agent: not asked, progress, out=out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return agent.num_timesteps >= total_steps
 
 
 def _word(seed: int, purpose: str, number: int) -> int:

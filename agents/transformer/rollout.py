@@ -175,10 +175,11 @@ def _masks(infos: Mapping[str, Any], policy: TransformerPolicy, rows: int) -> Te
     """``action_mask`` of the infos, ``(rows, K)`` bool on the CPU, or None where there is none."""
     if "action_mask" not in infos:
         return None
-    given = np.asarray(infos["action_mask"]).astype(np.bool_)
-    if given.shape != (rows, policy.actor.outputs) or not given.any(1).all():
+    given = torch.as_tensor(np.asarray(infos["action_mask"]).astype(np.bool_))
+    sizes = getattr(policy.actor, "sizes", [])
+    shape = (rows, sum(sizes))
+    if tuple(given.shape) != shape or not all(part.any(-1).all() for part in given.split(sizes, -1)):
         raise ValueError(
-            f"infos['action_mask'] must be ({rows}, {policy.actor.outputs}) and allow an action in each row, "
-            f"got {given.shape}"
+            f"infos['action_mask'] must be {shape} and allow an action of each component, got {tuple(given.shape)}"
         )
-    return torch.as_tensor(given)
+    return given
