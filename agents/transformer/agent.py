@@ -154,9 +154,8 @@ class TransformerAgent:
         self.optimizer = Muon(self.policy, (self.policy.actor, self.policy.critic), recipe.learning_rate)
         self.num_timesteps = self.iteration = 0
         self.logger = Logger(None, [])
-        self._learned = (
-            0  # steps behind the weights; num_timesteps also counts a rollout that is being played
-        )
+        # Steps behind the weights; num_timesteps also counts those of a rollout that is being played.
+        self._learned = 0
         self._envs = envs
         self._predicting = self._generator("predict", 0)
 
@@ -169,7 +168,8 @@ class TransformerAgent:
         return self._envs
 
     def set_env(self, env: Envs) -> None:
-        """Learn on another vector environment with the same spaces.
+        """Learn on another vector environment with the same spaces. A checkpoint names the one it was made with,
+        so :meth:`load` must be handed the other.
 
         Raises:
             ValueError: if its spaces or its autoreset differ.

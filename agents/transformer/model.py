@@ -73,7 +73,7 @@ class ModelConfig:
             raise ValueError(f"heads must be a multiple of kv_heads={self.kv_heads}, got {self.heads}")
 
 
-# With the encoders of VQA-v0: 1, 10 and 91 million parameters.
+# With the encoders of VQA-v0: 1, 9 and 90 million parameters.
 SIZES: dict[str, ModelConfig] = {
     "nano": ModelConfig(),
     "small": ModelConfig(width=320, layers=8, heads=5, kv_heads=1, hidden=896),
@@ -128,7 +128,7 @@ class Block(nn.Module):
         batch, count, _ = x.shape
         k, v = self.key_value(normed).view(batch, count, 2, -1, self.size).unbind(2)
         q = self.query(normed[:, read]).view(batch, -1, self.config.heads, self.size)
-        # Queries and keys of length 1 keep scores bounded however large Muon makes the weights (Henry et al. 2020).
+        # Queries and keys of one length keep scores bounded however large Muon makes the weights (Henry et al. 2020).
         q = rotate(F.rms_norm(q.float(), (self.size,)), (angles[0][:, read], angles[1][:, read]))
         k = rotate(F.rms_norm(k.float(), (self.size,)), angles)
         # Half-precision attention has a slow backward pass on a CPU, and a fast one on a GPU.

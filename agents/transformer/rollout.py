@@ -54,7 +54,7 @@ def as_tensors(
 def collect(
     policy: TransformerPolicy,
     envs: gym.vector.VectorEnv[Any, Any, Any],
-    seed: int,
+    seed: int | list[int],
     steps: int,
     generator: torch.Generator,
     on_step: Callable[[int], None] | None = None,
@@ -68,7 +68,7 @@ def collect(
     Args:
         policy: plays.
         envs: resets rows in the same step (``SAME_STEP``).
-        seed: row i begins with ``seed + i``.
+        seed: row i begins with ``seed + i``, or with ``seed[i]``.
         steps: at least so many in each row.
         generator: on the CPU; draws the actions.
         on_step: called after each step with the number of rows it counted in.
