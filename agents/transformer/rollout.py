@@ -78,7 +78,7 @@ def collect(
     """
     n, device = envs.num_envs, policy.device
     names = (*policy.fixed, *policy.changing)
-    observation, infos = envs.reset(seed=seed)
+    observation, infos = envs.reset(seed=seed)  # type: ignore[arg-type]
     cache = policy.cache(n, steps)
     previous = torch.zeros((n, policy.actor.size), dtype=policy.actor.dtype)
     starts, active = np.ones(n, np.bool_), np.ones(n, np.bool_)
