@@ -66,6 +66,19 @@ def default_precision(device: str) -> str:
     return "bfloat16" if device == "cpu" and in_hardware else "float32"
 
 
+def check_encoders(encoders: Mapping[str, str | Pretrained] | None) -> None:
+    """Refuse encoders that can't be saved with an agent."""
+    for name, encoder in (encoders or {}).items():
+        if not isinstance(encoder, str | Pretrained):
+            raise TypeError(
+                f"encoders[{name!r}] must be a name or Pretrained, which can be saved with the agent, got {encoder!r}"
+            )
+        if isinstance(encoder, Pretrained) and encoder.vocabulary is not None:
+            raise ValueError(
+                f"encoders[{name!r}] must have vocabulary=None, the world's: another can't be saved with the agent"
+            )
+
+
 def settings_of(agent: BaseAlgorithm) -> Settings:
     """The settings of an agent from :func:`make_agent`."""
     return agent.settings  # type: ignore[attr-defined]
@@ -106,15 +119,7 @@ def make_agent(
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     task_class(id)
-    for name, encoder in (encoders or {}).items():
-        if not isinstance(encoder, str | Pretrained):
-            raise TypeError(
-                f"encoders[{name!r}] must be a name or Pretrained, which can be saved with the agent, got {encoder!r}"
-            )
-        if isinstance(encoder, Pretrained) and encoder.vocabulary is not None:
-            raise ValueError(
-                f"encoders[{name!r}] must have vocabulary=None, the world's: another can't be saved with the agent"
-            )
+    check_encoders(encoders)
     cls = _algorithm(algo)
     device = resolve_device(device)
     integer_in("seed", seed, 0, 2**32 - 1)
@@ -235,6 +240,19 @@ def train(
     return finished
 
 
+def progress_line() -> Any:
+    """A progress bar whose tasks have the fields ``success`` and ``speed``."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
+        BarColumn(),
+        TextColumn("{task.fields[success]} {task.fields[speed]}"),
+        TimeRemainingColumn(),
+        refresh_per_second=2,
+    )
+
+
 class _Callback(BaseCallback):
     """Entropy schedule, progress bar and checkpoints."""
 
@@ -243,15 +261,7 @@ class _Callback(BaseCallback):
         self.total, self.out, self.checkpoint_steps = total, out, checkpoint_steps
         self.bar: Any = None
         if progress:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
-                BarColumn(),
-                TextColumn("{task.fields[success]} {task.fields[speed]}"),
-                TimeRemainingColumn(),
-                refresh_per_second=2,
-            )
+            self.bar = progress_line()
 
     def _on_training_start(self) -> None:
         self.begin, self.first = time.perf_counter(), self.num_timesteps

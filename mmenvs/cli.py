@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Multimodal reinforcement learning environments: vision, language and sound for Gymnasium.",
 )
+TRANSFORMER = "transformer"
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="Environment, such as MMRL/VQA-v0; see 'mmenvs list'.")]
@@ -155,7 +156,14 @@ def show(
 def train(
     id: Id,
     agent: Annotated[
-        str | None, typer.Option(help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn.")
+        str | None,
+        typer.Option(
+            help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn; or transformer, our own policy."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of the transformer: nano (default, 1 million parameters), small, base."),
     ] = None,
     fusion: Annotated[
         str | None,
@@ -184,7 +192,6 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on with the agent in --out, with its settings.")] = False,
 ) -> None:
     """Train an agent; Ctrl-C saves it, --resume goes on."""
-    sb3 = agents("sb3")
     with user_errors():
         task_class(id)
         total = parse_steps(steps)
@@ -194,8 +201,8 @@ def train(
             if encoder is not None:
                 raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
             model, kwargs = load_agent(out, device, source)
-            asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed}
-            saved = {name: getattr(model.settings, name) for name in asked}
+            asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
+            saved = {name: getattr(model.settings, name, None) for name in asked}
             asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
             saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
             saved["num_envs"] = model.n_envs
@@ -215,16 +222,17 @@ def train(
                 id,
                 agent or "ppo",
                 source,
-                fusion=fusion or "cross_attention",
+                fusion=fusion,
+                size=size,
                 device=device,
                 seed=seed or 0,
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
                 encoders=None if encoder is None else encoders_of(encoder, id, source),
-                **({} if num_envs is None else {"num_envs": num_envs}),
+                num_envs=num_envs,
             )
             out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
-    finished = sb3.train(model, total, out)
+    finished = agents("transformer.agent" if is_transformer(model) else "sb3").train(model, total, out)
     typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
         typer.echo("stopped early; --resume goes on")
@@ -304,17 +312,42 @@ def open_source(text: str, id: str) -> Any:
 
 
 def make_agent(
-    id: str, algo: str, source: str | None, *, env_kwargs: Mapping[str, Any], **arguments: Any
+    id: str,
+    algo: str,
+    source: str | None,
+    *,
+    env_kwargs: Mapping[str, Any],
+    fusion: str | None,
+    size: str | None,
+    num_envs: int | None,
+    **arguments: Any,
 ) -> Any:
     """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
-    sb3 = agents("sb3")
-    if source is None:
-        return sb3.make_agent(algo, id, env_kwargs=env_kwargs, **arguments)
-    model = sb3.make_agent(
-        algo, id, env_kwargs={**env_kwargs, "source": open_source(source, id)}, **arguments
-    )
-    model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": source})
+    opened = {} if source is None else {"source": open_source(source, id)}
+    arguments["env_kwargs"] = {**env_kwargs, **opened}
+    if algo == TRANSFORMER:
+        if fusion is not None:
+            raise ValueError(
+                f"fusion is the transformer's own attention with --agent transformer, got {fusion!r}"
+            )
+        ppo, module = agents("transformer.ppo"), agents("transformer.agent")
+        recipe = ppo.PPORecipe(**({} if num_envs is None else {"num_envs": num_envs}))
+        model = module.TransformerAgent(id, size or "nano", recipe=recipe, **arguments)
+    else:
+        if size is not None:
+            raise ValueError(f"size is of --agent transformer, got {size!r} with {algo!r}")
+        sb3 = agents("sb3")
+        if num_envs is not None:
+            arguments["num_envs"] = num_envs
+        model = sb3.make_agent(algo, id, fusion=fusion or "cross_attention", **arguments)
+    if source is not None:
+        model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": source})
     return model
+
+
+def is_transformer(model: Any) -> bool:
+    """Whether an agent is our own, or one of Stable-Baselines3."""
+    return model.settings.algo == TRANSFORMER
 
 
 def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
@@ -337,14 +370,19 @@ def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict
     """
     sb3 = agents("sb3")
     try:
-        settings = json.loads((folder / "settings.json").read_text())["settings"]
+        document = json.loads((folder / "settings.json").read_text())
+        settings, kind = document["settings"], document.get("agent")
         id, saved = str(settings["id"]), dict(settings["env_kwargs"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sb3.load(folder, device)  # says what is wrong with the folder
         raise
     text = source or saved.get("source")
     reader = {} if text is None else {"source": open_source(text, id)}
-    model = sb3.load(folder, device, reader)
+    if kind == TRANSFORMER:
+        load = agents("transformer.agent").TransformerAgent.load
+        model = load(folder, device=device, env_kwargs=reader)
+    else:
+        model = sb3.load(folder, device, reader)
     model.settings = replace(model.settings, env_kwargs=saved)
     return model, {**saved, **reader}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,3 +90,24 @@ class Muon(torch.optim.Optimizer):
         state["square"].lerp_(gradient.square(), 1 - second)
         deviation = (state["square"] / (1 - second ** state["steps"])).sqrt_().add_(group["eps"])
         parameter.addcdiv_(state["mean"], deviation, value=-group["lr"] / (1 - first ** state["steps"]))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser as ``{"state.INDEX.NAME": tensor}``, for a safetensors file."""
+    return {
+        f"state.{index}.{name}": torch.as_tensor(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimiser the state that :func:`state_tensors` took; other tensors are passed over."""
+    document = optimizer.state_dict()
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        if key.startswith("state."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = int(value) if name == "steps" else value
+    document["state"] = state
+    optimizer.load_state_dict(document)

@@ -23,7 +23,7 @@ from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.fusion import Concat
 from mmenvs.embeddings.joint import FILE, JointConfig, JointEmbedding, save_joint
-from mmenvs.embeddings.optimizers import Muon
+from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
 from mmenvs.files import replacing
 from mmenvs.world import questions
 from mmenvs.world.pairs import PairedScenes
@@ -253,8 +253,7 @@ class Pretraining:
         folder.mkdir(parents=True, exist_ok=True)
         save_joint(self.model, folder / FILE, self.card())
         tensors = {f"trained.{k}": v.contiguous() for k, v in self.trained.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"state.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= state_tensors(self.optimizer)
         # The step stands in the same file as the weights, so that a kill between two files can't part them.
         metadata = {"done": str(self.done), "settings": json.dumps(asdict(self.settings))}
         with replacing(folder / STATE) as file:
@@ -282,14 +281,7 @@ class Pretraining:
         self.trained.load_state_dict(
             {k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")}
         )
-        document = self.optimizer.state_dict()
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            if key.startswith("state."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = int(value) if name == "steps" else value
-        document["state"] = state
-        self.optimizer.load_state_dict(document)
+        load_state_tensors(self.optimizer, tensors)
         self.done = done
         for level, scenes in enumerate(self.scenes):
             rounds = len(range(level, self.done, len(self.scenes)))

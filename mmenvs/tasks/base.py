@@ -47,6 +47,8 @@ class Task(ABC):
 
     # Observations that don't change between reset and the end of the episode.
     fixed: ClassVar[frozenset[str]] = frozenset()
+    # Observations that hold the actions of the episode so far and nothing else.
+    history: ClassVar[frozenset[str]] = frozenset()
 
     observation_space: spaces.Dict
     action_space: spaces.Discrete

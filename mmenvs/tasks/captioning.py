@@ -126,6 +126,7 @@ class Captioning(Task):
     """
 
     fixed = frozenset({"image"})
+    history = frozenset({"caption"})
 
     def __init__(
         self,

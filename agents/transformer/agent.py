@@ -1,0 +1,457 @@
+"""The agent: a transformer policy that learns with PPO, predicts, is saved and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from gymnasium.error import NameNotFound
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.logger import Logger, make_output_format
+from torch import Tensor
+
+from mmenvs.checks import integer_in
+from mmenvs.embeddings.embedding import resolve_device
+from mmenvs.embeddings.extractor import Precision
+from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
+from mmenvs.embeddings.pretrained import Pretrained
+from mmenvs.registry import task_class
+
+from ..sb3 import check_encoders, default_precision
+from . import checkpoint, ppo
+from .callbacks import Callback, Hooks
+from .model import SIZES, Cache, ModelConfig, TransformerPolicy
+from .rollout import Rollout, as_tensors, collect
+
+Envs = gym.vector.VectorEnv[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that it takes to make an agent again.
+
+    Attributes:
+        id: environment of this suite, or None if the agent was handed a vector environment.
+        seed, env_kwargs: as for :class:`TransformerAgent`.
+        model: size of the transformer.
+        fixed, history: as for :class:`~mmenvs_agents.transformer.model.TransformerPolicy`.
+        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
+        recipe: of PPO.
+        algo: how the command line names this agent.
+    """
+
+    id: str | None
+    seed: int
+    env_kwargs: dict[str, Any]
+    model: ModelConfig
+    fixed: tuple[str, ...]
+    history: tuple[str, ...]
+    encoders: dict[str, str | Pretrained]
+    precision: Precision
+    recipe: ppo.PPORecipe
+    algo: str = checkpoint.KIND
+
+    @property
+    def size(self) -> str | ModelConfig:
+        """The name of ``model`` in ``SIZES``, or itself."""
+        return next((name for name, config in SIZES.items() if config == self.model), self.model)
+
+
+@dataclass
+class Playing:
+    """What :meth:`TransformerAgent.predict` remembers of the running episodes: hand it back, once."""
+
+    cache: Cache
+    previous: Tensor  # (B, A) raw actions
+
+
+class TransformerAgent:
+    """A decoder-only multimodal transformer that learns an environment with PPO.
+
+    There is no ``fusion`` to choose: the transformer's attention is the fusion.
+
+    Args:
+        env: id of this suite, or a Gymnasium vector environment with ``SAME_STEP`` autoreset and flat ``Dict``
+            observations.
+        size: ``"nano"`` (1 million parameters), ``"small"`` (10), ``"base"`` (90), or a
+            :class:`~mmenvs_agents.transformer.model.ModelConfig`.
+        encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        seed: of weights, actions and episodes.
+        env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``; with an id only.
+        precision: ``"float32"`` or ``"bfloat16"``; None is what is fast here.
+        recipe: settings of PPO; None is its defaults.
+        fixed, history: names of observations that don't change within an episode, and that hold the actions so
+            far; None takes what the task says, or none.
+
+    Attributes:
+        policy, optimizer, settings, device: as made.
+        num_timesteps: steps of the environment learned from.
+        iteration: rollouts learned from.
+
+    Raises:
+        ValueError, TypeError, gymnasium.error.Error: for what doesn't exist or fit, with what does.
+    """
+
+    def __init__(
+        self,
+        env: str | Envs,
+        size: str | ModelConfig = "nano",
+        *,
+        encoders: Mapping[str, str | Pretrained] | None = None,
+        device: str = "auto",
+        seed: int = 0,
+        env_kwargs: Mapping[str, Any] | None = None,
+        precision: Precision | None = None,
+        recipe: ppo.PPORecipe | None = None,
+        fixed: tuple[str, ...] | None = None,
+        history: tuple[str, ...] | None = None,
+    ) -> None:
+        self.device = torch.device(resolve_device(device))
+        integer_in("seed", seed, 0, 2**32 - 1)
+        if isinstance(size, str) and size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
+        check_encoders(encoders)
+        recipe = recipe or ppo.PPORecipe()
+        if isinstance(env, str):
+            task_class(env)
+            envs: Envs = gym.make_vec(env, num_envs=recipe.num_envs, **(env_kwargs or {}))
+        elif env_kwargs:
+            raise ValueError(f"env_kwargs go with an id; env is made already, got {env_kwargs!r}")
+        else:
+            envs = env
+        _check_envs(envs)
+        task = getattr(envs.unwrapped, "task", None)
+        seen: Any = envs.single_observation_space
+        self.settings = Settings(
+            id=env if isinstance(env, str) else None,
+            seed=seed,
+            env_kwargs=dict(env_kwargs or {}),
+            model=SIZES[size] if isinstance(size, str) else size,
+            fixed=tuple(sorted(getattr(task, "fixed", ()))) if fixed is None else tuple(fixed),
+            history=tuple(sorted(getattr(task, "history", ()))) if history is None else tuple(history),
+            encoders=dict(encoders or {}),
+            precision=precision or default_precision(self.device.type),  # type: ignore[arg-type]
+            recipe=recipe,
+        )
+        self.observation_space, self.action_space = seen, envs.single_action_space
+        settings = self.settings
+        # Weights are drawn from the seed, and the caller's generator stays as it is.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.policy = TransformerPolicy(
+                seen, self.action_space, settings.model, settings.fixed, settings.history,
+                settings.encoders, settings.precision,
+            ).to(self.device)  # fmt: skip
+        self.optimizer = Muon(self.policy, (self.policy.actor, self.policy.critic), recipe.learning_rate)
+        self.num_timesteps = self.iteration = 0
+        self.logger = Logger(None, [])
+        # Steps behind the weights; num_timesteps also counts those of a rollout that is being played.
+        self._learned = 0
+        self._envs = envs
+        self._predicting = self._generator("predict", 0)
+
+    @property
+    def n_envs(self) -> int:
+        return self._envs.num_envs
+
+    def get_env(self) -> Envs:
+        """The vector environment it learns on."""
+        return self._envs
+
+    def set_env(self, env: Envs) -> None:
+        """Learn on another vector environment with the same spaces. A checkpoint names the one it was made with,
+        so :meth:`load` must be handed the other.
+
+        Raises:
+            ValueError: if its spaces or its autoreset differ.
+        """
+        _check_envs(env)
+        if env.single_observation_space != self.observation_space:
+            raise ValueError(
+                f"env must have the observation space {self.observation_space}, got {env.single_observation_space}"
+            )
+        if env.single_action_space != self.action_space:
+            raise ValueError(
+                f"env must have the action space {self.action_space}, got {env.single_action_space}"
+            )
+        self._envs = env
+
+    def get_vec_normalize_env(self) -> None:
+        """None, for callbacks of Stable-Baselines3: nothing is normalised."""
+
+    def learn(
+        self,
+        total_steps: int,
+        callback: Callback | None = None,
+        progress_bar: bool = False,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        checkpoint_steps: int = 20_000,
+    ) -> TransformerAgent:
+        """Learn until ``total_steps`` steps of the environment, earlier ones counted in.
+
+        Every draw is keyed by the seed and the number of the rollout, so an agent that was saved, or killed and
+        loaded again, goes on to the same weights, bit by bit on one kind of CPU.
+
+        Args:
+            total_steps: end of learning and of the schedules; whole rollouts are played.
+            callback: called with the agent after each update, False ends the learning; or a callback of
+                Stable-Baselines3, of which ``on_step`` is called after each step of the vector environment.
+            progress_bar: show steps, success and speed.
+            out: folder for checkpoints, ``progress_<first step>.csv`` and TensorBoard logs; None keeps nothing.
+            checkpoint_steps: save about every this many steps, and at the end.
+
+        Raises:
+            ValueError: if ``total_steps`` are behind it already.
+            NonFiniteGradientError: if a gradient is NaN or infinite. Nothing is saved then; the last checkpoint stands.
+        """
+        integer_in("total_steps", total_steps, 1, 10**15)
+        integer_in("checkpoint_steps", checkpoint_steps, 1, 10**15)
+        if total_steps <= self.num_timesteps:
+            raise ValueError(
+                f"total_steps must be over the {self.num_timesteps} already done, got {total_steps}"
+            )
+        hooks = Hooks(self, callback, total_steps, progress_bar)
+        if out is not None:
+            formats = [
+                make_output_format(kind, str(out), f"_{self._learned}") for kind in ("csv", "tensorboard")
+            ]
+            self.logger = Logger(str(out), formats)
+        saved, whole = self._learned, True
+        try:
+            hooks.begin()
+            while self._learned < total_steps and not hooks.stop:
+                rollout = self._collect(hooks)
+                whole = False
+                log = self._update(rollout, total_steps)
+                whole = True
+                hooks.updated(rollout, log)
+                if out is not None and self._learned - saved >= checkpoint_steps:
+                    self.save(out)
+                    saved = self._learned
+        finally:
+            # Within an update the weights are fit for nothing; the last checkpoint stands.
+            if out is not None and whole and self._learned > saved:
+                self.save(out)
+            self.num_timesteps = self._learned
+            hooks.end()
+            self.logger.close()
+            self.logger = Logger(None, [])
+        return self
+
+    def _collect(self, hooks: Hooks) -> Rollout:
+        recipe = self.settings.recipe
+        hooks.playing()
+        return collect(
+            self.policy,
+            self._envs,
+            # Row i of seed s is row i - 1 of seed s + 1: rollouts must not share episodes.
+            _word(self.settings.seed, "episodes", self.iteration),
+            recipe.rollout_steps,
+            self._generator("actions", self.iteration),
+            hooks.stepped,
+        )
+
+    def _update(self, rollout: Rollout, total_steps: int) -> dict[str, float]:
+        log = ppo.update(
+            self.policy,
+            self.optimizer,
+            rollout,
+            self.settings.recipe,
+            1 - self._learned / total_steps,
+            self._generator("shuffle", self.iteration),
+        )
+        self.iteration += 1
+        self._learned += rollout.steps
+        self.num_timesteps = self._learned
+        return log
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(_word(self.settings.seed, purpose, number))
+
+    def predict(
+        self,
+        observation: Mapping[str, Any],
+        state: Playing | None = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        action_masks: Any = None,
+    ) -> tuple[npt.NDArray[Any], Playing]:
+        """Actions for a batch of observations, or for one without a batch axis, and the state to hand back.
+
+        Args:
+            observation: as the environment gives it; pictures may be channels first, as for Stable-Baselines3.
+            state: what the last call returned, which this call uses up; None begins episodes in all rows, so an
+                environment whose episodes have several steps needs it.
+            episode_start: ``(B,)`` bool, True in rows where an episode begins.
+            deterministic: take the most likely actions.
+            action_masks: ``(B, K)`` bool, False at actions that are not allowed.
+
+        Raises:
+            ValueError: an observation that lacks a name, or doesn't fit the space or the state.
+        """
+        names = (*self.policy.fixed, *self.policy.changing)
+        arrays, single = self._batched(observation, names)
+        n = len(arrays[names[0]])
+        starts = torch.ones(n, dtype=torch.bool)
+        if state is None:
+            nothing = torch.zeros((n, self.policy.actor.size), dtype=self.policy.actor.dtype)
+            state = Playing(self.policy.cache(n), nothing)
+        elif not isinstance(state, Playing) or state.cache.rows != n:
+            raise ValueError(f"state must be what predict returned for {n} rows, got {type(state).__name__}")
+        else:
+            starts = torch.as_tensor(
+                np.zeros(n, np.bool_)
+                if episode_start is None
+                else np.array(episode_start, np.bool_).reshape(n)
+            )
+        masks = None
+        if action_masks is not None:
+            masks = torch.as_tensor(np.asarray(action_masks, np.bool_).reshape(n, -1), device=self.device)
+        described, _ = self.policy.step(
+            state.cache, as_tensors(arrays, names, self.device), state.previous.to(self.device), starts, masks
+        )
+        state.previous = self.policy.actor.sample(
+            described.cpu(), None if deterministic else self._predicting
+        )
+        actions = self.policy.actor.to_env(state.previous)
+        return (actions[0] if single else actions), state
+
+    def _batched(
+        self, observation: Mapping[str, Any], names: tuple[str, ...]
+    ) -> tuple[dict[str, npt.NDArray[Any]], bool]:
+        """Observations with a batch axis, pictures channels last, and whether they came without the axis."""
+        arrays, single = {}, False
+        for name in names:
+            if name not in observation:
+                raise ValueError(f"observation lacks {name!r}; it needs {', '.join(names)}")
+            array, shape = np.asarray(observation[name]), self.observation_space[name].shape
+            single = array.ndim == len(shape)
+            array = array[None] if single else array
+            if len(shape) == 3 and array.shape[1:] == (shape[2], *shape[:2]) != shape:
+                array = array.transpose(0, 2, 3, 1)
+            if array.shape[1:] != shape:
+                raise ValueError(
+                    f"observation[{name!r}] must be (B, {', '.join(map(str, shape))}), got {array.shape}"
+                )
+            arrays[name] = array
+        return arrays, single
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the agent into ``folder``, whole or not at all: ``settings.json`` and ``state_STEPS.safetensors``
+        with weights and optimiser."""
+        settings = asdict(self.settings)
+        # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
+        if not isinstance(settings["env_kwargs"].get("source"), str):
+            settings["env_kwargs"].pop("source", None)
+        tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
+        counters = {"steps": self._learned, "iteration": self.iteration}
+        checkpoint.write(folder, settings, counters, tensors | state_tensors(self.optimizer))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        env: Envs | None = None,
+        device: str = "auto",
+        env_kwargs: Mapping[str, Any] | None = None,
+    ) -> TransformerAgent:
+        """The agent that :meth:`save` wrote, ready to predict or to learn on.
+
+        Args:
+            folder: where it was saved.
+            env: vector environment, for an agent that was not made from an id.
+            device: as for the class.
+            env_kwargs: takes the place of single saved arguments of the environment.
+
+        Raises:
+            FileNotFoundError: if the folder or one of its files is missing.
+            ValueError: if the files are damaged, of another format or another kind of agent.
+        """
+        settings, counters = checkpoint.read(folder)
+        problem = f"cannot load the agent in {str(folder)!r}: "
+        try:
+            id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
+            size, recipe = ModelConfig(**settings["model"]), ppo.PPORecipe(**settings["recipe"])
+            arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
+            encoders = {
+                name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+                for name, encoder in settings["encoders"].items()
+            }
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
+        if id is None and env is None:
+            raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
+        resolve_device(device)
+        try:
+            agent = cls(
+                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe,
+                env_kwargs=kwargs if env is None else None, **arguments,
+            )  # fmt: skip
+        except (FileNotFoundError, NameNotFound, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{problem}its settings can't be used: {error}") from error
+        agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
+        tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
+        try:
+            weights = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
+            agent.policy.load_state_dict(weights)
+            load_state_tensors(agent.optimizer, tensors)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
+        agent.num_timesteps = agent._learned = counters["steps"]
+        agent.iteration = counters["iteration"]
+        return agent
+
+
+def train(
+    agent: TransformerAgent, total_steps: int, out: str | os.PathLike[str], progress: bool = True
+) -> bool:
+    """Learn until ``total_steps``; Ctrl-C ends it after the update in hand, with a checkpoint.
+
+    Returns:
+        False if Ctrl-C ended it early, else True.
+    """
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one ends at once
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        agent.learn(total_steps, lambda agent: not asked, progress, out=out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return agent.num_timesteps >= total_steps
+
+
+def _word(seed: int, purpose: str, number: int) -> int:
+    """A seed of 63 bits for one purpose of one rollout."""
+    entropy = [seed, number, *purpose.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_envs(envs: Any) -> None:
+    if not isinstance(envs, gym.vector.VectorEnv):
+        raise TypeError(
+            f"env must be an id or a Gymnasium vector environment, got {type(envs).__name__}; gym.make_vec makes one"
+        )
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.SAME_STEP:
+        raise ValueError(f"env must have autoreset_mode='SameStep', got {getattr(mode, 'value', mode)!r}")
+    if not isinstance(envs.single_observation_space, spaces.Dict):
+        raise TypeError(f"env must have Dict observations, got {envs.single_observation_space}")
+    if getattr(envs.unwrapped, "text", "ids") != "ids":
+        raise ValueError("text must be 'ids' for a transformer policy, got 'string'")

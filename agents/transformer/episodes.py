@@ -1,0 +1,109 @@
+"""What a policy reads: whole episodes side by side, or the keys and values of those that are being played."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmenvs.embeddings.base import Tokens
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """B whole episodes of at most T steps; what lies past an episode's length is padding of any value.
+
+    Attributes:
+        fixed: ``{name: (B, ...)}``, the fixed observations as the environment gives them.
+        steps: ``{name: (B, T, ...)}``, the observations that are neither fixed nor history.
+        actions: ``(B, T, A)`` raw actions (see ``actions.py``).
+        lengths: ``(B,)`` int64, steps of each episode, at least 1.
+        masks: ``(B, T, K)`` bool action masks, or None.
+    """
+
+    fixed: Tokens
+    steps: Tokens
+    actions: Tensor
+    lengths: Tensor
+    masks: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """``(B, T)`` bool, True at steps and False at padding."""
+        return torch.arange(self.actions.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def take(self, rows: Tensor) -> Episodes:
+        """The episodes ``rows``, ``(b,)`` int64, without steps that are padding in all of them."""
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        return Episodes(
+            {name: x[rows] for name, x in self.fixed.items()},
+            {name: x[rows, :longest] for name, x in self.steps.items()},
+            self.actions[rows, :longest],
+            lengths,
+            None if self.masks is None else self.masks[rows, :longest],
+        )
+
+    def to(self, device: str | torch.device) -> Episodes:
+        """The same on another device."""
+        return Episodes(
+            {name: x.to(device) for name, x in self.fixed.items()},
+            {name: x.to(device) for name, x in self.steps.items()},
+            self.actions.to(device),
+            self.lengths.to(device),
+            None if self.masks is None else self.masks.to(device),
+        )
+
+
+class Cache:
+    """Keys and values of running episodes, one a row; made by :meth:`TransformerPolicy.cache`.
+
+    Attributes:
+        keys, values: ``(layers, rows, slots, kv_heads, width / heads)``. Slots are the prefix, then the steps.
+        valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
+        position: ``(rows,)`` int64, the rotary position of the next token.
+        length: ``(rows,)`` int64 on the CPU, steps taken.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, valid: Tensor, position: Tensor, length: Tensor) -> None:
+        self.keys, self.values, self.valid = keys, values, valid
+        self.position, self.length = position, length
+
+    @property
+    def rows(self) -> int:
+        return len(self.length)
+
+    def take(self, rows: Tensor) -> Cache:
+        """A copy of ``rows``, ``(b,)`` int64, each as often as it is named: a group of answers to one prompt."""
+        at = rows.to(self.keys.device)
+        copied = self.keys[:, at], self.values[:, at], self.valid[at], self.position[at]
+        return Cache(*copied, self.length[rows.cpu()])
+
+    def reserve(self, slots: int) -> None:
+        """Make room for ``slots`` a row; doubling keeps it rare."""
+        have = self.valid.shape[1]
+        if slots > have:
+            more = max(slots, 2 * have) - have
+            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, more))
+            self.values = F.pad(self.values, (0, 0, 0, 0, 0, more))
+            self.valid = F.pad(self.valid, (0, more))
+
+
+class Memory:
+    """Where a block of :meth:`TransformerPolicy.step` leaves its keys and values and which ones it attends to."""
+
+    def __init__(self, cache: Cache, rows: Tensor, slots: Tensor, used: int | None) -> None:
+        self.cache, self.rows, self.slots, self.used = cache, rows, slots, used
+        self.every = len(rows) == cache.rows
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep ``(b, Q, kv_heads, d)``; all of the row so far, or without ``used`` what was given."""
+        kept = []
+        for store, x in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+            store[self.rows[:, None], self.slots] = x
+            if self.used is not None:
+                x = store[:, : self.used] if self.every else store[self.rows, : self.used]
+            kept.append(x)
+        return kept[0], kept[1]

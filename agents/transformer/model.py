@@ -1,0 +1,389 @@
+"""The policy: a decoder-only multimodal transformer over an episode.
+
+One episode is one sequence of tokens::
+
+    [ fixed observations ] [ step 0 ] [ step 1 ] ... [ step T - 1 ]
+            P tokens          S          S                S
+
+The prefix holds the tokens of the observations that don't change within the episode; they look at each other in
+both directions. Each step holds the tokens of what is new in it and, last, the token of the action before it (a
+learned one at the start). This last token is where the step is read: the action head and the value head stand
+on it. Observations that only repeat the actions so far have no tokens. So a question about a picture is a
+prefix and one token, and a caption is the picture and one token a word.
+
+Three calls, and all that an algorithm needs::
+
+    described, values = policy(episodes)                                  # whole episodes in one pass, for updates
+    cache = policy.cache(rows)
+    described, values = policy.step(cache, observation, previous, starts)  # one step of every row, for rollouts
+
+``described`` goes to ``policy.actor``: ``sample``, ``log_prob``, ``entropy``, ``to_env``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from mmenvs.checks import integer_in, one_of
+from mmenvs.embeddings.base import Fusion, Tokens
+from mmenvs.embeddings.extractor import Extractor, Precision
+from mmenvs.embeddings.pretrained import Pretrained
+
+from .actions import action_head
+from .episodes import Cache, Episodes, Memory
+
+_NEVER = -1e30  # added to the scores of keys that mustn't be seen: finite, so that softmax over none is too
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Size of a transformer.
+
+    Attributes:
+        width: of its tokens.
+        layers: blocks, each attention and a feed-forward layer.
+        heads: of the queries; ``width / heads`` must be even.
+        kv_heads: of keys and values, each shared by ``heads / kv_heads`` queries (Ainslie et al. 2023, "GQA").
+        hidden: of the feed-forward layers (SwiGLU, Shazeer 2020).
+        token_width: of the encoders' tokens, before they are projected to ``width``.
+        rope_base: of the rotary positions (Su et al. 2021, "RoFormer").
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    hidden: int = 384
+    token_width: int = 64
+    rope_base: int = 10_000
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            integer_in(field.name, getattr(self, field.name), 1, 2**20)
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of 2 heads={2 * self.heads}, got {self.width}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads={self.kv_heads}, got {self.heads}")
+
+
+# With the encoders of VQA-v0: 1, 9 and 90 million parameters.
+SIZES: dict[str, ModelConfig] = {
+    "nano": ModelConfig(),
+    "small": ModelConfig(width=320, layers=8, heads=5, kv_heads=1, hidden=896),
+    "base": ModelConfig(width=768, layers=12, heads=12, kv_heads=4, hidden=2560),
+}
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs of channels of ``(B, Q, heads, d)`` by cosines and sines ``(B, Q, 1, d / 2)``."""
+    cos, sin = angles
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer, both normalised before (RMSNorm, Zhang and Sennrich 2019) and added."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.width
+        self.size = width // config.heads
+        self.attention_norm, self.feed_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * config.kv_heads * self.size, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, width, bias=False)
+        for linear in (self.query, self.key_value, self.up):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in (self.out, self.down):
+            # Added up over all layers, they are as large as what comes in.
+            nn.init.normal_(linear.weight, std=(2 * config.layers * linear.in_features) ** -0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        bias: Tensor,
+        read: slice,
+        layer: int,
+        memory: Memory | None,
+    ) -> Tensor:
+        """``(B, Q, width)`` to ``(B, R, width)``: the tokens ``read``, which is all of them but in the last block.
+
+        Args:
+            x: the tokens.
+            angles: cosines and sines of their positions, ``(B, Q, 1, width / heads / 2)``.
+            bias: added to the scores, ``(B, 1, R, K)``.
+            read, layer, memory: which tokens are asked for, which block this is, where its keys are kept.
+        """
+        normed = self.attention_norm(x)
+        batch, count, _ = x.shape
+        k, v = self.key_value(normed).view(batch, count, 2, -1, self.size).unbind(2)
+        q = self.query(normed[:, read]).view(batch, -1, self.config.heads, self.size)
+        # Queries and keys of one length keep scores bounded however large Muon makes the weights (Henry et al. 2020).
+        q = rotate(F.rms_norm(q.float(), (self.size,)), (angles[0][:, read], angles[1][:, read]))
+        k = rotate(F.rms_norm(k.float(), (self.size,)), angles)
+        # Half-precision attention has a slow backward pass on a CPU, and a fast one on a GPU.
+        half = x.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.bfloat16 if half else torch.float32
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if memory is not None:
+            k, v = memory(layer, k, v)
+        with torch.autocast(x.device.type, enabled=False):
+            mixed = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.to(dtype), enable_gqa=True
+            )  # (B, heads, R, width / heads)
+        x = x[:, read] + self.out(mixed.transpose(1, 2).flatten(2))
+        gate, up = self.up(self.feed_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class NoFusion(Fusion):
+    """The transformer's own attention fuses the modalities, so its extractor has nothing to."""
+
+    def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
+        raise TypeError("a transformer policy takes the tokens of its extractor, not its features")
+
+
+class TransformerPolicy(nn.Module):
+    """Actor and critic on one decoder-only transformer over an episode; the module's page tells how.
+
+    Args:
+        observation_space: flat ``Dict`` of ``Box``, of one environment, pictures channels last.
+        action_space: ``Discrete``, ``MultiDiscrete`` or a ``Box`` with finite bounds, of one environment.
+        config: size of the transformer.
+        fixed: names of the observations that don't change within an episode.
+        history: names of those that hold the actions so far and nothing else.
+        encoders: as for :class:`mmenvs.embeddings.Extractor`.
+        precision: ``"bfloat16"`` multiplies in half precision. Weights, attention on CPUs, distributions and
+            values stay float32.
+
+    Attributes:
+        actor: the :class:`~mmenvs_agents.transformer.actions.ActionHead`.
+        critic: the value head, a linear layer.
+        prefix_tokens, step_tokens: P and S of the module's page, with padding.
+
+    A backbone of another kind takes the place of ``blocks`` and ``norm`` in :meth:`_trunk`, and
+    ``torch.compile`` or a wrapper for several devices that of the policy in the update, which calls it and
+    nothing else of it.
+
+    Raises:
+        ValueError, TypeError: spaces, names or encoders that don't fit.
+    """
+
+    turns: Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Space,
+        config: ModelConfig,
+        fixed: Iterable[str] = (),
+        history: Iterable[str] = (),
+        encoders: Mapping[str, str | Pretrained | nn.Module] | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__()
+        if not isinstance(observation_space, spaces.Dict):
+            raise TypeError(
+                f"observation_space must be a Dict space, got {type(observation_space).__name__}; "
+                "gymnasium.wrappers.TransformObservation makes one"
+            )
+        one_of("precision", precision, ("float32", "bfloat16"))
+        self.config, self.precision = config, precision
+        self.observation_space, self.action_space = observation_space, action_space
+        for argument, names in (("fixed", fixed := tuple(fixed)), ("history", history := tuple(history))):
+            for name in names:
+                one_of(argument, name, tuple(observation_space))
+        seen = {name: part for name, part in observation_space.items() if name not in history}
+        if not seen:
+            raise ValueError(f"history must leave an observation to look at, got {history!r}")
+        self.fixed = tuple(name for name in seen if name in fixed)
+        self.changing = tuple(name for name in seen if name not in fixed)
+        self.extractor = Extractor(
+            spaces.Dict(seen), encoders, NoFusion, width=config.token_width, precision=precision
+        )
+        lengths = self.extractor.fusion.lengths
+        self.prefix_tokens = sum(lengths[name] for name in self.fixed)
+        self.step_tokens = sum(lengths[name] for name in self.changing) + 1
+        # The bias of its layer tells an observation from the others.
+        self.project = nn.ModuleDict({name: nn.Linear(config.token_width, config.width) for name in seen})
+        self.actor = action_head(action_space, config.width)
+        self.start = nn.Parameter(torch.randn(config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.critic = nn.Linear(config.width, 1)
+        nn.init.zeros_(self.critic.weight)
+        nn.init.zeros_(self.critic.bias)
+        size = config.width // config.heads
+        turns = float(config.rope_base) ** (-torch.arange(0, size, 2) / size)
+        self.register_buffer("turns", turns, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.device
+
+    def forward(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Whole episodes in one pass, with gradients.
+
+        Args:
+            episodes: on the device of the policy.
+
+        Returns:
+            Distributions of the actions ``(B, T, K)`` and values ``(B, T)``, both float32; what lies past the
+            lengths means nothing.
+        """
+        prefix, prefix_valid = self._prefix(episodes.fixed, len(episodes.lengths))
+        first = torch.zeros_like(episodes.valid)
+        first[:, 0] = True
+        previous = episodes.actions.roll(1, 1)
+        # Padding may hold anything, also what is no action.
+        previous = torch.where(episodes.valid.unsqueeze(-1) & ~first.unsqueeze(-1), previous, 0)
+        steps, steps_valid = self._steps(episodes.steps, previous, first, episodes.valid)
+        x = torch.cat([prefix, steps], 1)
+        valid = torch.cat([prefix_valid, steps_valid], 1)  # (B, P + T S)
+        place = torch.arange(x.shape[1], device=x.device)
+        seen = place <= place[:, None].clamp(min=prefix.shape[1] - 1)  # (P + T S, P + T S)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        read = slice(prefix.shape[1] + self.step_tokens - 1, None, self.step_tokens)
+        hidden = self._trunk(x, positions, valid[:, None] & seen, read)
+        return self.actor(hidden, episodes.masks), self._value(hidden)
+
+    def cache(self, rows: int, steps: int = 1) -> Cache:
+        """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them."""
+        config = self.config
+        slots = self.prefix_tokens + steps * self.step_tokens
+        shape = (config.layers, rows, slots, config.kv_heads, config.width // config.heads)
+        half = self.device.type == "cuda" and self.precision == "bfloat16"
+        keys = torch.zeros(shape, dtype=torch.bfloat16 if half else torch.float32, device=self.device)
+        valid = torch.zeros((rows, slots), dtype=torch.bool, device=self.device)
+        position = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return Cache(keys, torch.zeros_like(keys), valid, position, torch.zeros(rows, dtype=torch.int64))
+
+    @torch.no_grad()
+    def step(
+        self,
+        cache: Cache,
+        observation: Mapping[str, Tensor],
+        previous: Tensor,
+        starts: Tensor,
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The next step of every row, without gradients. It equals the step in :meth:`forward`.
+
+        Args:
+            cache: of the steps before; it is changed.
+            observation: ``{name: (B, ...)}`` as the environment gives it, on the device of the policy.
+            previous: ``(B, A)`` raw actions of the step before; anything at the start of an episode.
+            starts: ``(B,)`` bool on the CPU, True in rows where an episode begins; what they held is forgotten.
+            masks: ``(B, K)`` bool action masks.
+
+        Returns:
+            Distributions ``(B, K)`` and values ``(B,)``, both float32.
+        """
+        hidden = torch.empty((cache.rows, self.config.width), device=self.device)
+        for begins in (True, False):
+            rows = (starts == begins).nonzero().squeeze(1)
+            if len(rows):
+                at = rows.to(self.device)
+                part = {name: observation[name][at] for name in (*self.fixed, *self.changing)}
+                hidden[at] = self._advance(cache, part, previous[at], rows, begins)
+        return self.actor(hidden, masks), self._value(hidden)
+
+    def _advance(
+        self, cache: Cache, observation: Tokens, previous: Tensor, rows: Tensor, begins: bool
+    ) -> Tensor:
+        """The hidden states ``(b, width)`` of the next step in ``rows`` of the cache."""
+        at, device = rows.to(self.device), self.device
+        first = torch.full((len(rows), 1), begins, device=device)
+        changing = {name: observation[name].unsqueeze(1) for name in self.changing}
+        previous = torch.zeros_like(previous) if begins else previous
+        x, valid = self._steps(changing, previous.unsqueeze(1), first, torch.ones_like(first))
+        here = torch.arange(self.step_tokens, device=device)
+        if begins:
+            cache.length[rows], cache.position[at], cache.valid[at] = 0, 0, False
+            prefix, prefix_valid = self._prefix(observation, len(rows))
+            x, valid = torch.cat([prefix, x], 1), torch.cat([prefix_valid, valid], 1)
+            here = torch.cat([torch.arange(prefix.shape[1], device=device), self.prefix_tokens + here])
+            slots = here.expand(len(rows), -1)
+            keys, keys_valid, used = slots, valid, None
+        else:
+            slots = (self.prefix_tokens + cache.length[rows] * self.step_tokens).to(device)[:, None] + here
+            used = self.prefix_tokens + (int(cache.length[rows].max()) + 1) * self.step_tokens
+            cache.reserve(used)
+        cache.valid[at[:, None], slots] = valid
+        if used is not None:
+            keys, keys_valid = torch.arange(used, device=device)[None], cache.valid[at, :used]
+        # A prefix sees all of itself, a step what is before it and itself.
+        seen = keys[:, None] <= slots[:, :, None].clamp(min=self.prefix_tokens - 1)  # (b, Q, K)
+        positions = cache.position[at][:, None] + (valid.cumsum(1) - 1).clamp(min=0)
+        read = slice(x.shape[1] - 1, None)
+        memory = Memory(cache, at, slots, used)
+        hidden = self._trunk(x, positions, keys_valid[:, None] & seen, read, memory)
+        cache.position[at] += valid.sum(1)
+        cache.length[rows] += 1
+        return hidden.squeeze(1)
+
+    def _trunk(
+        self, x: Tensor, positions: Tensor, allowed: Tensor, read: slice, memory: Memory | None = None
+    ) -> Tensor:
+        """Tokens ``(B, Q, width)`` at ``positions`` ``(B, Q)`` to hidden states ``(B, R, width)`` float32 of those
+        to ``read``. ``allowed`` ``(B, Q, K)`` bool tells which keys each token may see."""
+        turned = positions[..., None, None] * self.turns  # (B, Q, 1, width / heads / 2)
+        angles = turned.cos(), turned.sin()
+        bias = torch.zeros(allowed.shape, device=x.device).masked_fill_(~allowed, _NEVER).unsqueeze(1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            for layer, block in enumerate(self.blocks):
+                last = layer == len(self.blocks) - 1
+                asked = read if last else slice(None)
+                x = block(x, angles, bias[:, :, asked], asked, layer, memory)
+            return self.norm(x.float())
+
+    def _prefix(self, observation: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, P, width)`` of the fixed observations and their mask ``(B, P)``. Columns that are padding
+        in every row are left out, which changes nothing but the time it takes."""
+        if not self.fixed:
+            empty = torch.zeros((rows, 0, self.config.width), device=self.device)
+            return empty, empty.new_zeros((rows, 0), dtype=torch.bool)
+        tokens, valid = self._tokens(observation, self.fixed, self.changing)
+        kept = valid.any(0)
+        return tokens[:, kept], valid[:, kept]
+
+    def _steps(
+        self, observation: Mapping[str, Tensor], previous: Tensor, first: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, T S, width)`` of steps and their mask ``(B, T S)``.
+
+        Args:
+            observation: ``{name: (B, T, ...)}`` of the changing observations.
+            previous: ``(B, T, A)`` raw actions before the steps.
+            first: ``(B, T)`` bool, True where an episode begins.
+            valid: ``(B, T)`` bool, False at padding.
+        """
+        tokens = torch.where(first.unsqueeze(-1), self.start, self.actor.embed(previous)).unsqueeze(2)
+        mask = valid.unsqueeze(2)  # (B, T, 1)
+        if self.changing:
+            flat = {name: observation[name].flatten(0, 1) for name in self.changing}
+            seen, seen_valid = self._tokens(flat, self.changing, self.fixed)
+            tokens = torch.cat([seen.unflatten(0, first.shape), tokens], 2)
+            mask = torch.cat([seen_valid.unflatten(0, first.shape) & mask, mask], 2)
+        return tokens.flatten(1, 2), mask.flatten(1, 2)
+
+    def _tokens(
+        self, observation: Mapping[str, Tensor], names: tuple[str, ...], others: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """The projected tokens of ``names``, one after the other, and their mask."""
+        tokens, masks = self.extractor.encode(observation, missing=others)
+        projected = [cast(nn.Linear, self.project[name])(tokens[name]) for name in names]
+        return torch.cat(projected, 1), torch.cat([masks[name] for name in names], 1)
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.critic.weight, self.critic.bias).squeeze(-1)
