@@ -155,7 +155,7 @@ def show(
 def train(
     id: Id,
     agent: Annotated[
-        str | None, typer.Option(help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn.")
+        str | None, typer.Option(help="ppo (default), a2c, dqn; with sb3-contrib trpo, recurrent_ppo, qrdqn.")
     ] = None,
     fusion: Annotated[
         str | None,

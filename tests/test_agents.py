@@ -22,6 +22,7 @@ LITTLE = {
     "a2c": {},
     "dqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
     "trpo": {"n_steps": 8, "batch_size": 32, "cg_max_steps": 3, "n_critic_updates": 2},
+    "recurrent_ppo": {"n_steps": 8, "batch_size": 32, "n_epochs": 1},
     "qrdqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
 }
 

@@ -50,22 +50,31 @@ class Recorder(VecEnvWrapper):
     Args:
         agent: from ``make_agent``; the recorder takes the place of its environment.
         total: steps of training.
-        tell: is told about every ten seconds how far the training is.
+        tell: is told the steps done and the seconds left.
+        every: seconds between two calls of ``tell``.
+        checkpoints: shares of the training at which the policy is kept.
 
     Attributes:
         curve: ``[step, mean return, success, episodes]`` of the episodes that ended up to each of
             ``CURVE_POINTS`` equal shares of ``total``, since the one before.
-        policies: ``(step, state dict)`` at the first step past each of ``CHECKPOINTS``.
+        policies: ``(step, state dict)`` at the first step past each of the checkpoints.
     """
 
-    def __init__(self, agent: Any, total: int, tell: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        agent: Any,
+        total: int,
+        tell: Callable[[int, float], Any],
+        every: float = _SAY_EVERY,
+        checkpoints: Sequence[float] = CHECKPOINTS,
+    ) -> None:
         super().__init__(agent.env)
         # The policy alone: agent and recorder must not keep each other, with a replay buffer, alive.
         self.policy, self.steps = agent.policy, 0
-        self.total, self.tell = total, tell
+        self.total, self.tell, self.every = total, tell, every
         self.begin = self.told = time.perf_counter()
         self.marks = [round(total * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
-        self.keep_at = [total * share for share in CHECKPOINTS]
+        self.keep_at = [total * share for share in checkpoints]
         self.curve: list[list[float]] = []
         self.policies: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._returns: list[float] = []
@@ -79,10 +88,9 @@ class Recorder(VecEnvWrapper):
         observation, rewards, ended, infos = self.venv.step_wait()
         self.steps += self.num_envs
         now = time.perf_counter()
-        if now - self.told >= _SAY_EVERY:
+        if now - self.told >= self.every:
             self.told = now
-            left = (now - self.begin) * max(self.total / self.steps - 1, 0)
-            self.tell(f"{self.steps:,} of {self.total:,} steps, about {left:.0f} s of training left")
+            self.tell(self.steps, (now - self.begin) * max(self.total / self.steps - 1, 0))
         for row in np.flatnonzero(ended):
             self._returns.append(infos[row]["episode"]["r"])
             self._successes.append(infos[row]["is_success"])
@@ -119,7 +127,11 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: 
     agent = sb3.make_agent(
         run["agent"], id, seed=run["seed"], device=device, env_kwargs=env_kwargs, **plan, **optional
     )
-    recorder = Recorder(agent, run["steps"], tell)
+
+    def tell_steps(steps: int, left: float) -> None:
+        tell(f"{steps:,} of {run['steps']:,} steps, about {left:.0f} s of training left")
+
+    recorder = Recorder(agent, run["steps"], tell_steps)
     begin, cpu = time.perf_counter(), time.process_time()
     if not sb3.train(agent, run["steps"], progress=False):
         raise KeyboardInterrupt
@@ -213,12 +225,13 @@ def _perturbed(agent: Any, run: Mapping[str, Any], episodes: int) -> dict[str, f
             if kind in PERTURBATIONS[name].kinds:
                 wrap = partial(VectorPerturbObservation, name=name, modality=key)
                 scores[f"{key} {name}"] = _evaluate(agent, run, "test", episodes, wrap).mean_return
-        blind = partial(_without, agent, (key,))
+        blind = partial(without, agent, (key,))
         scores[f"without {key}"] = _evaluate(blind, run, "test", episodes).mean_return
     return scores
 
 
-def _without(agent: Any, missing: Sequence[str], observation: Mapping[str, Any], **arguments: Any) -> Any:
+def without(agent: Any, missing: Sequence[str], observation: Mapping[str, Any], **arguments: Any) -> Any:
+    """What the agent predicts with the observations of these names missing to its extractor."""
     with _extractor(agent).without(*missing):
         return agent.predict(observation, **arguments)
 
@@ -259,7 +272,7 @@ def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
     )
 
     def predict(observation: Mapping[str, Any], missing: tuple[str, ...] = ()) -> Any:
-        return _without(agent, missing, observation, deterministic=True)
+        return without(agent, missing, observation, deterministic=True)
 
     used = modality_use(
         predict,
