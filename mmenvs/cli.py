@@ -1,4 +1,4 @@
-"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py``."""
+"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py`` and ``cli_benchmark.py``."""
 
 from __future__ import annotations
 
@@ -372,5 +372,5 @@ def print_results(results: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-# Registers its commands on ``app``, which it imports from here.
-from mmenvs import cli_embeddings  # noqa: F401
+# They register their commands on ``app``, which they import from here.
+from mmenvs import cli_benchmark, cli_embeddings  # noqa: F401

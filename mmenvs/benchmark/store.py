@@ -128,9 +128,12 @@ class Store:
         """The keys (:func:`mmenvs.benchmark.summary.run_key`) of the runs that have their last row."""
         return {key for (key,) in self._select("SELECT run FROM rows WHERE final AND error IS NULL")}
 
-    def codes(self) -> dict[str, int]:
-        """How many rows, errors left out, come from each version of the code."""
-        return dict(self._select("SELECT code, count(*) FROM rows WHERE error IS NULL GROUP BY code"))
+    def codes(self, agent: str | None = None) -> dict[str, int]:
+        """How many rows, errors left out, of an agent or of all come from each version of the code."""
+        query = "SELECT code, count(*) FROM rows WHERE error IS NULL {} GROUP BY code"
+        if agent is None:
+            return dict(self._select(query.format("")))
+        return dict(self._select(query.format("AND json_extract(run, '$.agent') = ?"), agent))
 
     def finals(self) -> Iterator[Row]:
         """The last row of each run, oldest first."""
@@ -170,9 +173,9 @@ class Store:
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(f"row {n} of {str(self.path)!r} is no row of a benchmark: {error}") from None
 
-    def _select(self, query: str) -> Iterator[Any]:
+    def _select(self, query: str, *values: str) -> Iterator[Any]:
         try:
-            yield from self.database.execute(query)
+            yield from self.database.execute(query, values)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
 
