@@ -146,13 +146,15 @@ def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> Recorder | None:
 
     if isinstance(agent, BaseAlgorithm):
         total = run["steps"]
-        recorder = Recorder(
-            agent,
-            total,
-            lambda steps, _: tell(TRAINING_SHARE * min(steps / total, 1), None),
-            _TELL_EVERY,
-            run["checkpoints"],
-        )
+        told = time.perf_counter()
+
+        def stepped(steps: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told > _TELL_EVERY:
+                told = time.perf_counter()
+                tell(TRAINING_SHARE * min(steps / total, 1), None)
+
+        recorder = Recorder(agent, total, str, run["checkpoints"], stepped)
         if not importlib.import_module("mmenvs_agents.sb3").train(agent, total, progress=False):
             raise KeyboardInterrupt
         state = agent.policy.state_dict()

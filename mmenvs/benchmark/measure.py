@@ -50,9 +50,9 @@ class Recorder(VecEnvWrapper):
     Args:
         agent: from ``make_agent``; the recorder takes the place of its environment.
         total: steps of training.
-        tell: is told the steps done and the seconds left.
-        every: seconds between two calls of ``tell``.
+        tell: is told about every ten seconds how far the training is.
         checkpoints: shares of the training at which the policy is kept.
+        stepped: is given the number of steps after each one.
 
     Attributes:
         curve: ``[step, mean return, success, episodes]`` of the episodes that ended up to each of
@@ -64,14 +64,14 @@ class Recorder(VecEnvWrapper):
         self,
         agent: Any,
         total: int,
-        tell: Callable[[int, float], Any],
-        every: float = _SAY_EVERY,
+        tell: Callable[[str], Any],
         checkpoints: Sequence[float] = CHECKPOINTS,
+        stepped: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__(agent.env)
         # The policy alone: agent and recorder must not keep each other, with a replay buffer, alive.
         self.policy, self.steps = agent.policy, 0
-        self.total, self.tell, self.every = total, tell, every
+        self.total, self.tell, self.stepped = total, tell, stepped
         self.begin = self.told = time.perf_counter()
         self.marks = [round(total * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
         self.keep_at = [total * share for share in checkpoints]
@@ -87,10 +87,13 @@ class Recorder(VecEnvWrapper):
     def step_wait(self) -> Any:
         observation, rewards, ended, infos = self.venv.step_wait()
         self.steps += self.num_envs
+        if self.stepped is not None:
+            self.stepped(self.steps)
         now = time.perf_counter()
-        if now - self.told >= self.every:
+        if now - self.told >= _SAY_EVERY:
             self.told = now
-            self.tell(self.steps, (now - self.begin) * max(self.total / self.steps - 1, 0))
+            left = (now - self.begin) * max(self.total / self.steps - 1, 0)
+            self.tell(f"{self.steps:,} of {self.total:,} steps, about {left:.0f} s of training left")
         for row in np.flatnonzero(ended):
             self._returns.append(infos[row]["episode"]["r"])
             self._successes.append(infos[row]["is_success"])
@@ -127,11 +130,7 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: 
     agent = sb3.make_agent(
         run["agent"], id, seed=run["seed"], device=device, env_kwargs=env_kwargs, **plan, **optional
     )
-
-    def tell_steps(steps: int, left: float) -> None:
-        tell(f"{steps:,} of {run['steps']:,} steps, about {left:.0f} s of training left")
-
-    recorder = Recorder(agent, run["steps"], tell_steps)
+    recorder = Recorder(agent, run["steps"], tell)
     begin, cpu = time.perf_counter(), time.process_time()
     if not sb3.train(agent, run["steps"], progress=False):
         raise KeyboardInterrupt
