@@ -12,6 +12,7 @@ import numpy as np
 
 from mmenvs.benchmark import players
 from mmenvs.benchmark.measure import Recorder, space_of, without
+from mmenvs.benchmark.pool import Tell
 from mmenvs.benchmark.rows import Row, plain
 from mmenvs.benchmark.store import MAIN
 from mmenvs.benchmark.summary import BASELINES, few_episodes
@@ -21,7 +22,6 @@ from mmenvs.perturbations import VectorPerturbObservation
 EXAMPLES = 8
 TRAINING_SHARE = 0.9  # of the progress that is shown
 _TELL_EVERY = 0.5  # seconds
-Tell = Callable[[float, float | None], Any]  # share of the run that is done, score so far
 
 
 class Checked:
@@ -214,7 +214,7 @@ def _dropped(agent: Any, checked: Any, run: Mapping[str, Any], episodes: int) ->
     """Test scores with each observation missing: masked where an extractor knows how, else zeros."""
     extractor = extractor_in(agent.policy) if hasattr(agent, "policy") else None
     space = space_of(run["id"], {"difficulty": run["difficulty"]})
-    seen = space if extractor is None else extractor.visible
+    seen = tuple(space) if extractor is None else extractor.visible
     found = {}
     for key in space:
         if key in seen and len(seen) > 1:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -18,6 +18,8 @@ from mmenvs.benchmark.rows import Row
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _POLL = 0.25  # seconds
+Tell = Callable[[float, float | None], Any]  # share of the run that is done, score so far
+Execute = Callable[[Mapping[str, Any], str, Tell], Sequence[Row]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,13 @@ class _Worker:
 
 
 def run_all(
-    runs: Sequence[Mapping[str, Any]], *, workers: int, device: str, threads: int, timeout: float
+    runs: Sequence[Mapping[str, Any]],
+    execute: Execute,
+    *,
+    workers: int,
+    device: str,
+    threads: int,
+    timeout: float,
 ) -> Generator[Progress | Done, None, None]:
     """Do the runs in worker processes, in their order as far as that goes, and give what happens.
 
@@ -58,6 +66,8 @@ def run_all(
 
     Args:
         runs: of ``Plan.runs()``.
+        execute: gives the rows of a run, see :func:`mmenvs.benchmark.job.execute`; a function at the top of a
+            module.
         workers: processes side by side.
         device: ``"cpu"`` or ``"cuda"``.
         threads: of torch and numba in each.
@@ -70,7 +80,7 @@ def run_all(
             # One that was killed while it had nothing to do costs no run.
             pool[:] = [worker for worker in pool if worker.run is not None or worker.process.is_alive()]
             while waiting and len(pool) < workers:
-                pool.append(_start(device, threads))
+                pool.append(_start(execute, device, threads))
             for worker in pool:
                 if worker.run is None and waiting:
                     worker.run, worker.begin = waiting.pop(), time.monotonic()
@@ -100,10 +110,10 @@ def run_all(
             _end(worker)
 
 
-def _start(device: str, threads: int) -> _Worker:
+def _start(execute: Execute, device: str, threads: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, device, threads), daemon=True)
+    process = context.Process(target=_work, args=(theirs, execute, device), daemon=True)
     # Thread counts are read when the libraries are loaded, so they must be there before.
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, str(threads)))
@@ -136,6 +146,9 @@ def _receive(worker: _Worker) -> Done | None:
         what = f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = "; was there too little memory?" if code == -signal.SIGKILL else ""
         return _failed(worker, "WorkerDied", f"the process of the run ended with {what}{hint}")
+    if kind == "ready":
+        worker.begin = time.monotonic()  # the time it took to load the libraries is no run's
+        return None
     if kind == "progress":
         worker.told.append(Progress(worker.run, *content))
         return None
@@ -151,7 +164,7 @@ def _failed(worker: _Worker, kind: str, message: str, trace: str = "") -> Done:
     return Done(worker.run, [row], time.monotonic() - worker.begin)
 
 
-def _work(pipe: Connection, device: str, threads: int) -> None:
+def _work(pipe: Connection, execute: Execute, device: str) -> None:
     """What a worker process does: runs from the pipe, until the other end is closed."""
     # Ctrl-C is for the process that waits for this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -159,14 +172,11 @@ def _work(pipe: Connection, device: str, threads: int) -> None:
     # If memory runs out, the system shall end this process and not the one that writes the rows.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")
-    import torch
-
-    torch.set_num_threads(threads)
-    from mmenvs.benchmark.job import execute
 
     def tell(share: float, score: float | None) -> None:
         pipe.send(("progress", (share, score)))
 
+    pipe.send(("ready", ()))
     while True:
         try:
             run = pipe.recv()

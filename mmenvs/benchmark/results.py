@@ -187,8 +187,10 @@ def _leaderboard(board: Board) -> Table:
         "agent": lambda a: a,
         "runs": lambda a: sum(map(len, board.of(a).values())),
         **{f"{between}: {name}": _aggregate(board, "test", name) for name in stats.AGGREGATES},
-        "compositional: interquartile mean": _aggregate(board, "compositional", "interquartile mean"),
-        "0 blind, 1 oracle: mean": _aggregate(board, "test", "mean", "blind"),
+        "further: interquartile mean, compositional": _aggregate(
+            board, "compositional", "interquartile mean"
+        ),
+        "further: mean above blind": _aggregate(board, "test", "mean", "blind"),
         "cost: minutes of training": lambda a: _minutes(board.cost(a, "seconds")),
         "cost: decisions / s": lambda a: board.cost(a, "decisions_per_second"),
         "cost: parameters": lambda a: board.cost(a, "parameters"),

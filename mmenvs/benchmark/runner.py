@@ -102,6 +102,7 @@ def benchmark(
             benchmark is running there.
         OSError: if the store can't be written, as on a full disk.
     """
+    from mmenvs.benchmark import job
     from mmenvs.benchmark.measure import provenance
     from mmenvs.embeddings.embedding import resolve_device
 
@@ -131,8 +132,9 @@ def benchmark(
             watcher.begin(len(runs), len(runs) - len(missing))
             failed = 0
             events = pool.run_all(
-                missing, workers=min(workers, len(missing)), device=device, threads=threads, timeout=timeout
-            )
+                missing, job.execute, workers=min(workers, len(missing)), device=device,
+                threads=threads, timeout=timeout,
+            )  # fmt: skip
             try:
                 for event in events:
                     if isinstance(event, pool.Progress):
