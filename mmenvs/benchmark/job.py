@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmenvs.perturbations import VectorPerturbObservation
 EXAMPLES = 8
 TRAINING_SHARE = 0.9  # of the progress that is shown
 _TELL_EVERY = 0.5  # seconds
+Policy = tuple[int, dict[str, Any]]  # step and weights
 
 
 class Checked:
@@ -109,7 +110,7 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
     set_random_seed(run["seed"])
     agent = players.make(run, device)
     begin, cpu = time.perf_counter(), time.process_time()
-    recorder = _train(agent, run, tell)
+    policies = _train(agent, run, tell)
     wall, used = time.perf_counter() - begin, time.process_time() - cpu
     score: float | None = None
     rows: list[Row] = []
@@ -121,15 +122,15 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
     checked: Any = agent
     if run["agent"] not in BASELINES:
         checked = Checked(agent.predict, run["agent"], tell_score)
-    for step, state in _policies(agent, recorder):
+    for step, state in _before(policies):
         agent.policy.load_state_dict(state)
         found = _score(checked, run, "test", few_episodes(run["episodes"]))
         score = found["return"]
         rows.append(
             {"run": dict(run), "step": step, "final": False, "scores": {MAIN: _without_returns(found)}}
         )
-    if recorder is not None:
-        agent.policy.load_state_dict(recorder.policies[-1][1])
+    if policies:
+        agent.policy.load_state_dict(policies[-1][1])
     last = _last(agent, checked, run)
     last["cost"] |= {
         "seconds": wall if run["steps"] else 0.0,
@@ -140,41 +141,50 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
     return plain([*rows, {"run": dict(run), "step": int(steps), "final": True, **last}])
 
 
-def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> Recorder | None:
-    """Train what learns; a recorder with the policies on the way, the last one at the end, where there are any."""
+def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
+    """Train what learns; step and weights of its checkpoints, the trained ones last, where weights can be kept."""
     from stable_baselines3.common.base_class import BaseAlgorithm
 
+    total, told, policies = run["steps"], time.perf_counter(), []
+
+    def stepped(steps: int) -> None:
+        nonlocal told
+        if time.perf_counter() - told > _TELL_EVERY:
+            told = time.perf_counter()
+            tell(TRAINING_SHARE * min(steps / total, 1), None)
+
     if isinstance(agent, BaseAlgorithm):
-        total = run["steps"]
-        told = time.perf_counter()
-
-        def stepped(steps: int) -> None:
-            nonlocal told
-            if time.perf_counter() - told > _TELL_EVERY:
-                told = time.perf_counter()
-                tell(TRAINING_SHARE * min(steps / total, 1), None)
-
         recorder = Recorder(agent, total, str, run["checkpoints"], stepped)
         if not importlib.import_module("mmenvs_agents.sb3").train(agent, total, progress=False):
             raise KeyboardInterrupt
-        state = agent.policy.state_dict()
-        recorder.policies.append(
-            (agent.num_timesteps, {name: x.detach().cpu().clone() for name, x in state.items()})
-        )
+        policies = recorder.policies
         env: Any = agent.get_env()
         env.close()
-        return recorder
-    if callable(getattr(agent, "learn", None)):
-        agent.learn(run["steps"])
-    return None
+    elif run["agent"].partition(":")[0] == players.TRANSFORMER:
+        marks = [total * share for share in run["checkpoints"]]
 
+        def updated(agent: Any) -> bool:
+            stepped(agent.num_timesteps)
+            while marks and agent.num_timesteps >= marks[0]:
+                marks.pop(0)
+                policies.append((agent.num_timesteps, _weights(agent)))
+            return True
 
-def _policies(agent: Any, recorder: Recorder | None) -> list[Any]:
-    """Step and weights of the checkpoints before the last; two shares may fall on one step."""
-    if recorder is None:
+        agent.learn(total, updated)
+    else:
+        if callable(getattr(agent, "learn", None)):
+            agent.learn(total)
         return []
-    *before, last = recorder.policies
-    return list({step: (step, state) for step, state in before if step < last[0]}.values())
+    return [*policies, (agent.num_timesteps, _weights(agent))]
+
+
+def _weights(agent: Any) -> dict[str, Any]:
+    return {name: x.detach().cpu().clone() for name, x in agent.policy.state_dict().items()}
+
+
+def _before(policies: Sequence[Policy]) -> list[Policy]:
+    """The checkpoints before the last; two shares may fall on one step."""
+    return list({step: (step, state) for step, state in policies if step < policies[-1][0]}.values())
 
 
 def _last(agent: Any, checked: Any, run: Mapping[str, Any]) -> Row:

@@ -84,7 +84,7 @@ class Plan:
             for seed in range(seeds)
             for task in suite.tasks
             for name in names
-            for embedding in (self.embeddings if players.embeds(name) else ("",))
+            for embedding in players.embeddings(name, self.embeddings)
             if (seed == 0 or players.trains(name)) and players.sees(name, spaces[task]) != ()
         ]
 

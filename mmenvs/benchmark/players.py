@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ def check(name: str) -> str:
         if rest not in MODALITIES:
             raise ValueError(f"blind:<modality> must name one of {', '.join(MODALITIES)}, got {name!r}")
     elif kind == TRANSFORMER:
-        _transformer()
+        if rest and "algo" not in inspect.signature(_transformer()).parameters:
+            raise ValueError(
+                f"the transformer of this version has one algorithm: 'transformer', got {name!r}"
+            )
     elif name not in BASELINES and name not in _recipes():
         allowed = (*BASELINES, *(BLIND + m for m in MODALITIES), *_recipes(), TRANSFORMER)
         raise ValueError(f"agents must name some of {', '.join(allowed)}, got {name!r}")
@@ -52,9 +55,13 @@ def trains(name: str) -> bool:
     return name not in BASELINES
 
 
-def embeds(name: str) -> bool:
-    """Whether it can be made with different embeddings."""
-    return name not in BASELINES and not name.startswith(POLICY)
+def embeddings(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The embeddings it is made with: of the transformer the encoders alone, as its attention is the fusion."""
+    if name in BASELINES or name.startswith(POLICY):
+        return ("",)
+    if name.partition(":")[0] == TRANSFORMER:
+        return tuple(dict.fromkeys(embedding.partition("+")[0] for embedding in given))
+    return tuple(given)
 
 
 def sees(name: str, space: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -89,15 +96,15 @@ def make(run: Mapping[str, Any], device: str) -> Any:
     from mmenvs.benchmark.compare import plan
     from mmenvs.benchmark.measure import space_of
 
-    chosen = plan(run["embedding"], id, env_kwargs)
-    common = {"seed": run["seed"], "device": device, "env_kwargs": env_kwargs, **chosen}
+    common = {"seed": run["seed"], "device": device, "env_kwargs": env_kwargs}
     kind, _, algo = name.partition(":")
     if kind == TRANSFORMER:
-        cls = _transformer()
-        return cls(id, **common, **({"algo": algo} if algo else {}))
+        encoders = plan(f"{run['embedding']}+concat", id, env_kwargs)["encoders"]
+        return _transformer()(id, encoders=encoders, **common, **({"algo": algo} if algo else {}))
+    chosen = plan(run["embedding"], id, env_kwargs)
     sb3 = importlib.import_module("mmenvs_agents.sb3")
     visible = sees(name, space_of(id, env_kwargs))
-    return sb3.make_agent(BLIND_LEARNS_BY if visible else name, id, visible=visible, **common)
+    return sb3.make_agent(BLIND_LEARNS_BY if visible else name, id, visible=visible, **common, **chosen)
 
 
 def policy_class(name: str) -> Any:
