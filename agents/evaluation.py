@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import VectorEnv
 
+from mmenvs.benchmark.stats import bootstrap
 from mmenvs.checks import integer_in, one_of
 from mmenvs.registry import task_class
 from mmenvs.vector import MultimodalVectorEnv
@@ -153,9 +154,7 @@ def evaluate(
         returns, lengths, successes, types = _play(predict, seen, episodes, seed, deterministic)
     finally:
         envs.close()
-    generator = np.random.default_rng([seed, episodes])
-    means = [returns[generator.integers(episodes, size=episodes)].mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
+    interval = bootstrap([[returns]], resamples=_RESAMPLES, seed=seed)
     names: tuple[str, ...] = getattr(envs.task, "types", ())
     return Result(
         id=id,
@@ -167,8 +166,8 @@ def evaluate(
         episodes=episodes,
         success=Rate.of(successes),
         mean_return=float(returns.mean()),
-        return_low=float(low),
-        return_high=float(high),
+        return_low=interval.low,
+        return_high=interval.high,
         mean_length=float(lengths.mean()),
         by_type={names[kind]: Rate.of(successes[types == kind]) for kind in np.unique(types[types >= 0])},
         seconds=time.perf_counter() - begin,

@@ -61,6 +61,15 @@ class A2CRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class RecurrentPPORecipe(PPORecipe):
+    """PPO with an LSTM between extractor and heads (Hochreiter and Schmidhuber 1997), from sb3-contrib."""
+
+    arguments: Mapping[str, Any] = field(
+        default_factory=lambda: {**PPORecipe().arguments, "n_steps": 32, "batch_size": 256}
+    )
+
+
+@dataclass(frozen=True)
 class DQNRecipe(Recipe):
     """Deep Q-network (Mnih et al. 2015) with a replay buffer of uint8 pictures."""
 
@@ -102,5 +111,6 @@ RECIPES: dict[str, Recipe] = {
     "a2c": A2CRecipe(),
     "dqn": DQNRecipe(),
     "trpo": TRPORecipe(),
+    "recurrent_ppo": RecurrentPPORecipe(),
     "qrdqn": DQNRecipe(),
 }

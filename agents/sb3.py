@@ -100,7 +100,7 @@ def make_agent(
     """An untrained Stable-Baselines3 agent on the native vector environment.
 
     Args:
-        algo: ``"ppo"``, ``"a2c"``, ``"dqn"``, and with sb3-contrib ``"trpo"``, ``"qrdqn"``.
+        algo: ``"ppo"``, ``"a2c"``, ``"dqn"``, and with sb3-contrib ``"trpo"``, ``"recurrent_ppo"``, ``"qrdqn"``.
         id: environment of this suite.
         fusion: a name in ``mmenvs.embeddings.FUSIONS``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -128,6 +128,9 @@ def make_agent(
     own = {name: value for name, value in overrides.items() if name in names}
     arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
     recipe = replace(recipe, **own, arguments=arguments)
+    if "batch_size" not in overrides and {"n_steps", "batch_size"} <= arguments.keys():
+        # With few rows a rollout is smaller than the recipe's minibatch.
+        arguments["batch_size"] = min(arguments["batch_size"], recipe.num_envs * arguments["n_steps"])
     env = make_vec_env(id, recipe.num_envs, **(env_kwargs or {}))
     seen = set(env.native.single_observation_space)
     if visible is not None and (not visible or set(visible) - seen):
@@ -154,13 +157,13 @@ def make_agent(
         },
         "net_arch": list(recipe.net_arch),
     }
-    if algo in ("ppo", "a2c", "trpo"):
+    if algo in ("ppo", "a2c", "trpo", "recurrent_ppo"):
         policy_kwargs["activation_fn"] = torch.nn.ReLU
     if hasattr(recipe, "ent_coef"):
         arguments["ent_coef"] = recipe.ent_coef
     start = recipe.learning_rate
     agent = cls(
-        "MultiInputPolicy",
+        "MultiInputLstmPolicy" if algo == "recurrent_ppo" else "MultiInputPolicy",
         env,
         learning_rate=lambda remaining: start * max(remaining, 0.02),
         policy_kwargs=policy_kwargs,
@@ -169,7 +172,7 @@ def make_agent(
         stats_window_size=1000,
         **arguments,
     )
-    if algo in ("ppo", "a2c"):
+    if algo in ("ppo", "a2c", "recurrent_ppo"):
         # With Adam the encoders learn too slowly from a reward alone: matching stays at chance.
         policy: Any = agent.policy
         policy.optimizer = Muon(policy, (policy.action_net, policy.value_net), start)
@@ -426,10 +429,12 @@ def load(
 
 
 def _algorithm(algo: str) -> type[BaseAlgorithm]:
-    if algo in ("trpo", "qrdqn"):
+    names = {"trpo": "TRPO", "qrdqn": "QRDQN", "recurrent_ppo": "RecurrentPPO"}
+    if algo in names:
         try:
             import sb3_contrib
         except ImportError:
             raise ImportError(f"algo={algo!r} needs sb3-contrib: pip install sb3-contrib") from None
-        return sb3_contrib.TRPO if algo == "trpo" else sb3_contrib.QRDQN
+        found: type[BaseAlgorithm] = getattr(sb3_contrib, names[algo])
+        return found
     return SelfImitationPPO if algo == "ppo" else A2C if algo == "a2c" else DQN

@@ -42,6 +42,7 @@ class Run:
     agent: str
     steps: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)  # arguments of the environment in training alone
 
 
 RUNS: dict[str, Run] = {}
@@ -60,7 +61,8 @@ for _fusion in MISSION:
         {"fusion": _fusion, "encoders": _SHAPES},
     )
 RUNS["vqa-concat"] = Run(VQA, 1, "ppo", 400_000, {"fusion": "concat"})
-RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 300_000, {"fusion": "concat"})
+_SEEN = {"fusion": "concat", "encoders": {"image": "shapes"}}
+RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 300_000, _SEEN, {"shaping": True})
 for _seen in ("question", "image"):
     RUNS[f"vqa-{_seen}-only"] = Run(VQA, 1, "ppo", 50_000, {"fusion": "concat", "visible": (_seen,)})
 for _seen in ("audio", "images"):
@@ -68,7 +70,7 @@ for _seen in ("audio", "images"):
         MATCHING, 0, "ppo", 20_000, {"fusion": "concat", "visible": (_seen,)}
     )
 RUNS["captioning-caption-only"] = Run(
-    CAPTIONING, 0, "ppo", 200_000, {"fusion": "concat", "visible": ("caption",)}
+    CAPTIONING, 0, "ppo", 100_000, {"fusion": "concat", "visible": ("caption",)}, {"shaping": True}
 )
 
 
@@ -79,7 +81,8 @@ def execute(name: str, run: Run, episodes: int, steps: int | None, keep: Path | 
     player: Any = run.agent
     total = run.steps and (steps or run.steps)
     if run.steps:
-        player = make_agent(run.agent, run.id, env_kwargs=env_kwargs, seed=0, device="cpu", **run.arguments)
+        kwargs = {**env_kwargs, **run.training}
+        player = make_agent(run.agent, run.id, env_kwargs=kwargs, seed=0, device="cpu", **run.arguments)
         train(player, total, keep and keep / name, progress=False)
     trained, trained_cpu = time.perf_counter() - begin, time.process_time() - cpu
     result = evaluate(player, run.id, split="test", episodes=episodes, env_kwargs=env_kwargs)
@@ -92,6 +95,7 @@ def execute(name: str, run: Run, episodes: int, steps: int | None, keep: Path | 
         "difficulty": run.difficulty,
         "agent": run.agent,
         **run.arguments,
+        **run.training,
         "steps": total,
         "score": result.mean_return,
         "low": result.return_low,

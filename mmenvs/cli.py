@@ -1,4 +1,4 @@
-"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in ``cli_embeddings.py`` and ``cli_vlm.py``."""
+"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in the other ``cli_*.py``."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def train(
     agent: Annotated[
         str | None,
         typer.Option(
-            help="ppo (default), a2c, dqn; with sb3-contrib trpo, qrdqn; or transformer, our own policy."
+            help="ppo (default), a2c, dqn; with sb3-contrib trpo, recurrent_ppo, qrdqn; or transformer, our own policy."
         ),
     ] = None,
     size: Annotated[
@@ -418,4 +418,4 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 # They register their commands on ``app``, which they import from here.
-from mmenvs import cli_embeddings, cli_vlm  # noqa: F401
+from mmenvs import cli_benchmark, cli_embeddings, cli_vlm  # noqa: F401

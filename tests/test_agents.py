@@ -17,12 +17,13 @@ from mmenvs.embeddings.joint import JointConfig, JointEmbedding, load_shapes, sa
 from mmenvs.text import Vocabulary
 
 VQA, MATCHING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0"
-SMALL = {"num_envs": 8, "batch_size": 128, "features_dim": 32, "fusion": "concat", "device": "cpu"}
+SMALL = {"num_envs": 8, "features_dim": 32, "fusion": "concat", "device": "cpu"}
 LITTLE = {
     "ppo": {"n_steps": 8, "batch_size": 32},
     "a2c": {},
     "dqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
     "trpo": {"n_steps": 8, "batch_size": 32, "cg_max_steps": 3, "n_critic_updates": 2},
+    "recurrent_ppo": {"n_steps": 8, "batch_size": 32, "n_epochs": 1},
     "qrdqn": {"buffer_size": 200, "learning_starts": 32, "batch_size": 16},
 }
 

@@ -53,21 +53,30 @@ class Recorder(VecEnvWrapper):
         agent: from ``make_agent``; the recorder takes the place of its environment.
         total: steps of training.
         tell: is told about every ten seconds how far the training is.
+        checkpoints: shares of the training at which the policy is kept.
+        stepped: is given the number of steps after each one.
 
     Attributes:
         curve: ``[step, mean return, success, episodes]`` of the episodes that ended up to each of
             ``CURVE_POINTS`` equal shares of ``total``, since the one before.
-        policies: ``(step, state dict)`` at the first step past each of ``CHECKPOINTS``.
+        policies: ``(step, state dict)`` at the first step past each of the checkpoints.
     """
 
-    def __init__(self, agent: Any, total: int, tell: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        agent: Any,
+        total: int,
+        tell: Callable[[str], Any],
+        checkpoints: Sequence[float] = CHECKPOINTS,
+        stepped: Callable[[int], Any] | None = None,
+    ) -> None:
         super().__init__(agent.env)
         # The policy alone: agent and recorder must not keep each other, with a replay buffer, alive.
         self.policy, self.steps = agent.policy, 0
-        self.total, self.tell = total, tell
+        self.total, self.tell, self.stepped = total, tell, stepped
         self.begin = self.told = time.perf_counter()
         self.marks = [round(total * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
-        self.keep_at = [total * share for share in CHECKPOINTS]
+        self.keep_at = [total * share for share in checkpoints]
         self.curve: list[list[float]] = []
         self.policies: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._returns: list[float] = []
@@ -80,6 +89,8 @@ class Recorder(VecEnvWrapper):
     def step_wait(self) -> Any:
         observation, rewards, ended, infos = self.venv.step_wait()
         self.steps += self.num_envs
+        if self.stepped is not None:
+            self.stepped(self.steps)
         now = time.perf_counter()
         if now - self.told >= _SAY_EVERY:
             self.told = now
@@ -215,12 +226,13 @@ def _perturbed(agent: Any, run: Mapping[str, Any], episodes: int) -> dict[str, f
             if kind in PERTURBATIONS[name].kinds:
                 wrap = partial(VectorPerturbObservation, name=name, modality=key)
                 scores[f"{key} {name}"] = _evaluate(agent, run, "test", episodes, wrap).mean_return
-        blind = partial(_without, agent, (key,))
+        blind = partial(without, agent, (key,))
         scores[f"without {key}"] = _evaluate(blind, run, "test", episodes).mean_return
     return scores
 
 
-def _without(agent: Any, missing: Sequence[str], observation: Mapping[str, Any], **arguments: Any) -> Any:
+def without(agent: Any, missing: Sequence[str], observation: Mapping[str, Any], **arguments: Any) -> Any:
+    """What the agent predicts with the observations of these names missing to its extractor."""
     with _extractor(agent).without(*missing):
         return agent.predict(observation, **arguments)
 
@@ -266,7 +278,7 @@ def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
     )
 
     def predict(observation: Mapping[str, Any], missing: tuple[str, ...] = ()) -> Any:
-        return _without(agent, missing, observation, deterministic=True)
+        return without(agent, missing, observation, deterministic=True)
 
     used = modality_use(
         predict,

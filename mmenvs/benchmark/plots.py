@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-from mmenvs.benchmark.summary import Candidate, Cell
+from mmenvs.benchmark.stats import Interval
+from mmenvs.benchmark.summary import Cell
 
 # Okabe and Ito 2008: told apart also by the colour-blind. Further lines are dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a")
@@ -32,32 +33,79 @@ def styles(names: Sequence[str]) -> dict[str, Style]:
 
 def learning_curves(task: str, cells: Sequence[Cell], look: dict[str, Style]) -> str:
     """Return of the training episodes over the steps of training, with intervals over the seeds."""
+    lines = {
+        cell.configuration: ([step for step, _ in cell.curve], [point for _, point in cell.curve])
+        for cell in cells
+    }
+    return curves(task, lines, look, ("steps of training", "return, training episodes"), steps=True)
+
+
+def curves(
+    title: str,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[Interval]]],
+    look: dict[str, Style],
+    labels: tuple[str, str],
+    *,
+    steps: bool = False,
+) -> str:
+    """A line with the band of its intervals for each name; ``steps`` are written in thousands."""
 
     def draw(axes: Any) -> None:
-        for cell in cells:
-            colour, dash, _ = look[cell.configuration]
-            steps = [step for step, _ in cell.curve]
-            points = [point for _, point in cell.curve]
-            axes.plot(
-                steps, [p.value for p in points], color=colour, linestyle=dash, label=cell.configuration
+        for name, (at, points) in lines.items():
+            colour, dash, _ = look[name]
+            axes.plot(at, [p.value for p in points], color=colour, linestyle=dash, label=name)
+            low, high = [p.low for p in points], [p.high for p in points]
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
+        if steps:
+            axes.ticklabel_format(axis="x", style="plain")
+            axes.xaxis.set_major_formatter(_thousands)
+            axes.xaxis.set_major_locator(_few_ticks())
+
+    return _svg(draw, f"curve {title}", len(lines))
+
+
+def bars(
+    title: str,
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[Interval | None]],
+    look: dict[str, Style],
+    label: str,
+) -> str:
+    """For each group a bar with its interval of every name that has one there."""
+
+    def draw(axes: Any) -> None:
+        height = 0.8 / len(values)
+        for i, (name, points) in enumerate(values.items()):
+            known = [(at, p) for at, p in enumerate(points) if p is not None]
+            axes.barh(
+                [at + (i + 0.5) * height - 0.4 for at, _ in known],
+                [p.value for _, p in known],
+                height,
+                xerr=[[p.value - p.low for _, p in known], [p.high - p.value for _, p in known]],
+                color=look[name][0],
+                error_kw={"linewidth": 0.8},
+                label=name,
             )
-            axes.fill_between(
-                steps,
-                [p.low for p in points],
-                [p.high for p in points],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-        axes.set(xlabel="steps of training", ylabel="return, training episodes", title=task)
-        axes.ticklabel_format(axis="x", style="plain")
-        axes.xaxis.set_major_formatter(_thousands)
-        axes.xaxis.set_major_locator(_few_ticks())
+        axes.set_yticks(range(len(groups)), groups)
+        axes.invert_yaxis()
+        axes.set(xlabel=label, title=title)
 
-    return _svg(draw, f"curve {task}", len(cells))
+    return _svg(draw, f"bars {title}", len(values) * (1 + len(groups) // 3))
 
 
-def pareto(key: str, candidates: Sequence[Candidate], look: dict[str, Style]) -> str:
+class Costed(Protocol):
+    """Something with a score and what it costs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def score(self) -> Interval: ...
+    @property
+    def cost(self) -> Mapping[str, float | None]: ...
+
+
+def pareto(key: str, candidates: Sequence[Costed], look: dict[str, Style]) -> str:
     """Mean score over one of the costs; the grey line joins those that nothing cheaper equals."""
 
     def draw(axes: Any) -> None:
@@ -94,6 +142,12 @@ def pareto(key: str, candidates: Sequence[Candidate], look: dict[str, Style]) ->
         )
 
     return _svg(draw, f"pareto {key}", len(candidates))
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own, with the names of the namespaces that a page needs not."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg", f"<svg {names}", 1) + "\n"
 
 
 def _svg(draw: Callable[[Any], None], name: str, entries: int) -> str:

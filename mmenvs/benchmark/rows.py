@@ -27,7 +27,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     Raises:
         OSError: if the row could not be written whole; what was written of it is taken back.
     """
-    line = json.dumps(_plain({"format": FORMAT, **row}), allow_nan=False).encode() + b"\n"
+    line = json.dumps(plain({"format": FORMAT, **row}), allow_nan=False).encode() + b"\n"
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(handle).st_size
@@ -101,16 +101,16 @@ def check(row: Any) -> Row:
     if missing:
         raise ValueError(f"neither error nor {', '.join(missing)}")
     _check_scores(row)
-    if not row["curve"] or not all(_numbers(point, 4) for point in row["curve"]):
+    if not row["curve"] or not all(finite_numbers(point, 4) for point in row["curve"]):
         raise ValueError("curve must hold points of four numbers")
-    if not row["checkpoints"] or not all(_numbers(point, 2) for point in row["checkpoints"]):
+    if not row["checkpoints"] or not all(finite_numbers(point, 2) for point in row["checkpoints"]):
         raise ValueError("checkpoints must hold pairs of numbers")
-    if "clean" not in row["perturbed"] or not _numbers(list(row["perturbed"].values())):
+    if "clean" not in row["perturbed"] or not finite_numbers(list(row["perturbed"].values())):
         raise ValueError("perturbed must hold numbers, clean among them")
     encoders = row.get("plan", {"encoders": {}})["encoders"]
     if not isinstance(encoders, dict) or not all(isinstance(name, str) for name in encoders.values()):
         raise ValueError("plan must hold encoders, a name for each observation")
-    if not _numbers([cost for cost in row["cost"].values() if cost is not None]):
+    if not finite_numbers([cost for cost in row["cost"].values() if cost is not None]):
         raise ValueError("cost must hold numbers or null")
     return row
 
@@ -129,17 +129,21 @@ def _check_baseline(row: Row) -> Row:
 def _check_scores(row: Row) -> None:
     for split in ("test", "compositional"):
         scores = row["scores"].get(split) or {}
-        if not scores.get("returns") or not _numbers(scores["returns"]):
+        if not scores.get("returns") or not finite_numbers(scores["returns"]):
             raise ValueError(f"scores must hold finite returns of the {split} split")
-        if not _numbers([scores.get(key) for key in ("return", "success", "length")]):
+        if not finite_numbers([scores.get(key) for key in ("return", "success", "length")]):
             raise ValueError(f"scores must hold return, success and length of the {split} split")
-    if not _numbers(row["bounds"], 2) or row["bounds"][0] >= row["bounds"][1]:
+    if not finite_numbers(row["bounds"], 2) or row["bounds"][0] >= row["bounds"][1]:
         raise ValueError("bounds must be two numbers, the lower one first")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other comparisons out of ``folder``; the lock ends with the process, however it ends.
+def locked(folder: Path, what: str = "comparison") -> Iterator[None]:
+    """Keep other runners out of ``folder``; the lock ends with the process, however it ends.
+
+    Args:
+        folder: must exist.
+        what: is kept out, for the message.
 
     Raises:
         ValueError: if one is running there.
@@ -150,11 +154,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another comparison is writing to out={str(folder)!r}") from None
+            raise ValueError(f"another {what} is writing to out={str(folder)!r}") from None
         yield
 
 
-def _numbers(values: Any, length: int | None = None) -> bool:
+def finite_numbers(values: Any, length: int | None = None) -> bool:
     return (
         isinstance(values, list)
         and length in (None, len(values))
@@ -172,14 +176,14 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _plain(value: Any) -> Any:
-    """Numpy scalars and arrays as Python's own, whole floats as integers, which are shorter."""
+def plain(value: Any) -> Any:
+    """What JSON can hold: numpy scalars and arrays as Python's own, whole floats as integers, which are shorter."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if isinstance(value, float):
         return None if not math.isfinite(value) else int(value) if value.is_integer() else value
     return value

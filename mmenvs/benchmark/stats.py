@@ -7,7 +7,7 @@ Here the episodes of each drawn run are drawn again too, as a run is scored on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy.typing as npt
 from mmenvs.checks import integer_in
 
 Array = npt.NDArray[np.float64]
+# For each task its runs (one a seed), for each run the scores of its episodes.
+Tasks = Sequence[Sequence[npt.ArrayLike]]
 RESAMPLES = 2000
 
 
@@ -49,8 +51,131 @@ def interquartile_mean(scores: Array) -> Array:
     return np.sort(scores, -1)[..., cut : n - cut].mean(-1)
 
 
-def bootstrap(
+def mean_of_tasks(tasks: Sequence[Array]) -> Array:
+    """Mean over tasks of their mean over runs: every task counts alike, also where one has more runs.
+
+    Like the other statistics of several tasks it takes ``(..., runs)`` for each of them, and gives ``(...)``.
+    """
+    return mean(np.stack([runs.mean(-1) for runs in tasks], -1))
+
+
+def median_of_tasks(tasks: Sequence[Array]) -> Array:
+    """Median over tasks of their mean over runs."""
+    return np.asarray(np.median(np.stack([runs.mean(-1) for runs in tasks], -1), -1))
+
+
+def interquartile_mean_of_tasks(tasks: Sequence[Array]) -> Array:
+    """Interquartile mean of all runs of all tasks together."""
+    return interquartile_mean(np.concatenate(tasks, -1))
+
+
+def optimality_gap(tasks: Sequence[Array]) -> Array:
+    """How far the runs stay below 1, mean over tasks; what lies above 1 makes up for nothing."""
+    return mean_of_tasks([np.maximum(1 - runs, 0) for runs in tasks])
+
+
+# The aggregates of Agarwal et al. 2021, by the names of the reports.
+AGGREGATES: dict[str, Callable[[Sequence[Array]], Array]] = {
+    "interquartile mean": interquartile_mean_of_tasks,
+    "mean": mean_of_tasks,
+    "median": median_of_tasks,
+    "optimality gap": optimality_gap,
+}
+
+
+def normalised(scores: npt.ArrayLike, low: float, high: float) -> Array:
+    """(score - low) / (high - low): 0 where ``low`` is, 1 where ``high`` is; not clipped.
+
+    With the random agent and the oracle as bounds it is the share of what there is to win, with the best blind
+    agent and the oracle the share of what takes more than one modality.
+
+    Raises:
+        ValueError: if ``high`` isn't above ``low``.
+    """
+    if not high > low:
+        raise ValueError(f"high must be above low={low}, got {high}")
+    return (np.asarray(scores, np.float64) - low) / (high - low)
+
+
+def check_same_tasks(scores: Mapping[str, Mapping[str, object]]) -> tuple[str, ...]:
+    """The tasks that all agents have, if they all have the same.
+
+    Args:
+        scores: by agent, then by task.
+
+    Raises:
+        ValueError: if one lacks a task that another has: averages over different sets of tasks can't be
+            compared.
+    """
+    tasks = tuple(dict.fromkeys(task for of_agent in scores.values() for task in of_agent))
+    for agent, of_agent in scores.items():
+        lacks = [task for task in tasks if task not in of_agent]
+        if lacks:
+            raise ValueError(
+                f"averages over different sets of tasks can't be compared: {agent} lacks {'; '.join(lacks)}"
+            )
+    return tasks
+
+
+def aggregate(
+    tasks: Tasks, statistic: Callable[[Sequence[Array]], Array], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """One of ``AGGREGATES``, or another statistic of several tasks, with its bootstrap interval.
+
+    Args:
+        tasks, resamples, seed: as for :func:`bootstrap`.
+        statistic: from ``(..., runs)`` for each task to ``(...)``.
+    """
+    edges = np.cumsum([len(runs) for runs in tasks])[:-1]
+    return bootstrap(
+        tasks, lambda flat: statistic(np.split(flat, edges, axis=-1)), resamples=resamples, seed=seed
+    )
+
+
+def performance_profile(
+    tasks: Tasks, thresholds: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Interval]:
+    """The share of runs whose score is above each threshold, every task counting alike.
+
+    Args:
+        tasks, resamples, seed: as for :func:`bootstrap`; the scores should be normalised.
+        thresholds: ``(n,)``.
+    """
+    levels = np.asarray(thresholds, np.float64)
+    values, draws = resampled(tasks, resamples, seed)
+    exact = [mean_of_tasks([(runs > level) * 1.0 for runs in values]) for level in levels]
+    drawn = [mean_of_tasks([(runs > level) * 1.0 for runs in draws]) for level in levels]
+    return [interval_from(float(value), shares, 0.95) for value, shares in zip(exact, drawn, strict=True)]
+
+
+def sample_efficiency(
     tasks: Sequence[Sequence[npt.ArrayLike]],
+    statistic: Callable[[Sequence[Array]], Array] = interquartile_mean_of_tasks,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """A statistic of all tasks at each checkpoint, with its bootstrap interval over the runs.
+
+    Args:
+        tasks: for each task its runs, for each run its score at each checkpoint, ``(checkpoints,)``, the same
+            number for all.
+        statistic: from ``(..., runs)`` for each task to ``(...)``.
+        resamples, seed: as for :func:`bootstrap`.
+    """
+    points = {np.shape(run) for runs in tasks for run in runs}
+    if len(points) != 1 or len(next(iter(points))) != 1:
+        raise ValueError(f"all runs must have the same checkpoints, got shapes {sorted(points)}")
+    (count,) = next(iter(points))
+    return [
+        aggregate([[[run[k]] for run in runs] for runs in map(np.asarray, tasks)], statistic,
+                  resamples=resamples, seed=seed)
+        for k in range(count)
+    ]  # fmt: skip
+
+
+def bootstrap(
+    tasks: Tasks,
     statistic: Callable[[Array], Array] = mean,
     *,
     resamples: int = RESAMPLES,
@@ -72,25 +197,34 @@ def bootstrap(
     Raises:
         ValueError: for a task without runs or a run without episodes.
     """
-    integer_in("resamples", resamples, 1, 10**6)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}")
-    if not tasks or not all(tasks):
+    values, draws = resampled(tasks, resamples, seed)
+    value = float(statistic(np.concatenate(values)))
+    return interval_from(value, statistic(np.concatenate(draws, 1)), confidence)
+
+
+def resampled(tasks: Tasks, resamples: int, seed: int) -> tuple[list[Array], list[Array]]:
+    """Of each task the mean scores of its runs, ``(runs,)``, and those of the draws, ``(resamples, runs)``."""
+    integer_in("resamples", resamples, 1, 10**6)
+    if not tasks or not all(len(runs) for runs in tasks):
         raise ValueError("tasks must hold at least one task, each with at least one run")
     generator = np.random.default_rng(seed)
-    values: list[float] = []
-    draws = []
+    values, draws = [], []
     for runs in tasks:
         episodes = [_episodes(run) for run in runs]
-        values += [float(run.mean()) for run in episodes]
+        values.append(np.array([run.mean() for run in episodes]))
         chosen = generator.integers(len(episodes), size=(resamples, len(episodes)))
         drawn = np.empty(chosen.shape)
         for i, run in enumerate(episodes):
             at = chosen == i
             drawn[at] = _resampled_means(run, int(at.sum()), generator)
         draws.append(drawn)
-    value = float(statistic(np.array(values)))
-    low, high = np.quantile(statistic(np.concatenate(draws, 1)), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return values, draws
+
+
+def interval_from(value: float, draws: Array, confidence: float) -> Interval:
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, min(float(low), value), max(float(high), value))
 
 

@@ -1,0 +1,233 @@
+"""From the rows of a store to what is said of them: each agent on each task, and over all tasks.
+
+A *task* is an id at a difficulty, an *agent* one with its embedding; its runs on a task differ in their seed.
+``docs/benchmark.md`` has the formulas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mmenvs.benchmark import players, stats
+from mmenvs.benchmark.rows import Row
+from mmenvs.benchmark.stats import Array, Interval
+from mmenvs.benchmark.store import Store
+from mmenvs.benchmark.suites import tags_of
+from mmenvs.benchmark.summary import BASELINES, run_key
+
+FLOORS = ("random", "blind")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of the last row of a run.
+
+    Attributes:
+        run, cost: as in the row.
+        scores: by evaluation, ``return``, ``success``, ``length`` and ``by_type``.
+        returns: of the episodes, ``(episodes,)``, by split, greedy.
+        curve: step and test score of each checkpoint, the last row included.
+        examples: seed and actions of single test episodes.
+    """
+
+    run: dict[str, Any]
+    scores: dict[str, Any]
+    returns: dict[str, Array]
+    cost: dict[str, float | None]
+    curve: list[tuple[int, float]]
+    examples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Board:
+    """All runs of one suite.
+
+    Attributes:
+        suite: its name.
+        tasks, agents: names in the order they were first done; baselines are agents too.
+        cells: by agent and task, the runs by seed.
+        failed: rows of runs that failed.
+        origins: how many runs come from each origin, as JSON.
+        others: names of other suites in the store, whose rows are left out.
+    """
+
+    suite: str
+    tasks: tuple[str, ...]
+    agents: tuple[str, ...]
+    cells: dict[tuple[str, str], list[Record]]
+    failed: tuple[Row, ...]
+    origins: dict[str, int]
+    others: tuple[str, ...] = ()
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def of(self, agent: str) -> dict[str, list[Record]]:
+        """The runs of an agent by task."""
+        return {task: self.cells[agent, task] for task in self.tasks if (agent, task) in self.cells}
+
+    def id_of(self, task: str) -> str:
+        """The environment of a task."""
+        return next(str(records[0].run["id"]) for (_, name), records in self.cells.items() if name == task)
+
+    def floor(self, task: str, split: str, kind: str) -> float | None:
+        """The score that counts as 0: of the random agent, or of the best one that lacks a modality."""
+        names = ["random"]
+        if kind == "blind":
+            blind = [name for name in self.agents if name.startswith("blind to ")]
+            names = [*blind, BASELINES["most_frequent"]]
+        scores = [
+            float(np.mean([record.returns[split].mean() for record in self.cells[name, task]]))
+            for name in names
+            if (name, task) in self.cells and split in self.cells[name, task][0].returns
+        ]
+        return max(scores) if scores else None
+
+    def normalised(self, agent: str, task: str, split: str, kind: str = "random") -> list[Array] | None:
+        """Episodes of each run between a floor and the oracle; None where one of these is missing."""
+        low, oracle = self.floor(task, split, kind), self.cells.get(("oracle", task))
+        records = self.cells.get((agent, task), [])
+        if low is None or oracle is None or not records or any(split not in r.returns for r in records):
+            return None
+        high = float(oracle[0].returns[split].mean())
+        if not high > low:
+            return None
+        return [stats.normalised(record.returns[split], low, high) for record in records]
+
+    def over_tasks(
+        self, agent: str, split: str, tasks: Sequence[str], kind: str = "random"
+    ) -> list[list[Array]] | None:
+        """Normalised runs of each of ``tasks``; None if any is missing: different sets aren't averaged."""
+        key = ("over", agent, split, tuple(tasks), kind)
+        if key not in self._cache:
+            found = [self.normalised(agent, task, split, kind) for task in tasks]
+            complete = [runs for runs in found if runs is not None]
+            self._cache[key] = complete if tasks and len(complete) == len(found) else None
+        result: list[list[Array]] | None = self._cache[key]
+        return result
+
+    def aggregate(
+        self, agent: str, split: str, name: str, kind: str = "random", tasks: Sequence[str] | None = None
+    ) -> Interval | None:
+        """One of ``stats.AGGREGATES`` over tasks, all by default."""
+        key = ("aggregate", agent, split, name, kind, None if tasks is None else tuple(tasks))
+        if key not in self._cache:
+            runs = self.over_tasks(agent, split, self.tasks if tasks is None else tasks, kind)
+            self._cache[key] = None if runs is None else stats.aggregate(runs, stats.AGGREGATES[name])
+        result: Interval | None = self._cache[key]
+        return result
+
+    @cached_property
+    def ranked(self) -> list[str]:
+        """Agents with a normalised score on every task, best interquartile mean on the test split first."""
+        scores = {agent: self.aggregate(agent, "test", "interquartile mean") for agent in self.agents}
+        known = {agent: score.value for agent, score in scores.items() if score is not None}
+        return sorted(known, key=lambda agent: (-known[agent], agent))
+
+    @property
+    def unranked(self) -> list[str]:
+        """Agents that lack a task, so that no mean of theirs can stand beside the others'."""
+        return [agent for agent in self.agents if agent not in self.ranked]
+
+    @property
+    def tags(self) -> dict[str, list[str]]:
+        """The tasks of each tag of the environments."""
+        found: dict[str, list[str]] = {}
+        for task in self.tasks:
+            for tag in tags_of(self.id_of(task)):
+                found.setdefault(tag, []).append(task)
+        return found
+
+    def trained(self) -> list[str]:
+        """Agents that are no baselines."""
+        return [agent for agent in self.agents if agent not in BASELINES.values()]
+
+    def cost(self, agent: str, name: str) -> float | None:
+        """A cost: the median over the runs of a task, mean over tasks; None where it wasn't measured."""
+        medians = []
+        for records in self.of(agent).values():
+            known = [value for record in records if (value := record.cost.get(name)) is not None]
+            if known:
+                medians.append(float(np.median(known)))
+        return float(np.mean(medians)) if medians else None
+
+
+def read(store: Store, suite: str | None = None) -> Board:
+    """Sort the rows of a store.
+
+    Args:
+        store: at least one run must be finished.
+        suite: name of the suite; None is that of the newest row.
+
+    Raises:
+        ValueError: without a finished run (of the suite).
+    """
+    origins: dict[str, Counter[str]] = {}
+    curves = store.curves()
+    records: dict[str, list[Record]] = {}
+    last = None
+    for row in store.finals():
+        last = str(row["run"]["suite"])
+        origin = {key: value for key, value in row["provenance"].items() if key != "written"}
+        origins.setdefault(last, Counter())[json.dumps(origin, sort_keys=True)] += 1
+        records.setdefault(last, []).append(_record(row, curves))
+    suite = suite if suite in records else last if suite is None else None
+    if suite is None:
+        raise ValueError(f"{str(store.path)!r} holds no finished run of the suite")
+    found = records[suite]
+    embeddings = {record.run["embedding"] for record in found if record.run["embedding"]}
+    namer = _namer(len(embeddings) > 1)
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in found:
+        cells.setdefault((namer(record.run), task_name(record.run)), []).append(record)
+    for group in cells.values():
+        group.sort(key=lambda record: record.run["seed"])
+    return Board(
+        suite=suite,
+        tasks=tuple(dict.fromkeys(task for _, task in cells)),
+        agents=tuple(dict.fromkeys(agent for agent, _ in cells)),
+        cells=cells,
+        failed=tuple(row for row in store.failures() if row["run"]["suite"] == suite),
+        origins=dict(origins[suite]),
+        others=tuple(name for name in records if name != suite),
+    )
+
+
+def task_name(run: dict[str, Any]) -> str:
+    """Such as ``"VQA-v0, difficulty 0"``."""
+    return f"{run['id'].removeprefix('MMRL/')}, difficulty {run['difficulty']}"
+
+
+def _namer(several: bool) -> Callable[[dict[str, Any]], str]:
+    """A function from run to the name of its agent, with the embedding where there are several."""
+
+    def name(run: dict[str, Any]) -> str:
+        agent = str(run["agent"])
+        shown = BASELINES.get(agent, agent)
+        if agent.startswith(players.BLIND):
+            shown = f"blind to {agent.removeprefix(players.BLIND)}"
+        if agent.startswith(players.POLICY):
+            shown = agent.removeprefix(players.POLICY)
+        return f"{shown}, {run['embedding'].replace('+', ' + ')}" if several and run["embedding"] else shown
+
+    return name
+
+
+def _record(row: Row, curves: dict[str, list[tuple[int, float]]]) -> Record:
+    splits = {name.split("/")[0]: score for name, score in row["scores"].items() if "returns" in score}
+    return Record(
+        run=row["run"],
+        scores={
+            name: {key: value for key, value in score.items() if key != "returns"}
+            for name, score in row["scores"].items()
+        },
+        returns={split: np.asarray(score["returns"], np.float64) for split, score in splits.items()},
+        cost=row["cost"],
+        curve=curves.get(run_key(row["run"]), []),
+        examples=row.get("examples", []),
+    )

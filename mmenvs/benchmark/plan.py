@@ -1,0 +1,123 @@
+"""What a benchmark runs: a suite, agents, embeddings and seeds, unfolded into single runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmenvs.benchmark import players
+from mmenvs.benchmark.suites import Suite, suite_named
+from mmenvs.benchmark.summary import BASELINES
+from mmenvs.checks import integer_in
+from mmenvs.files import replacing
+
+NAME = "benchmark.json"
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark. The baselines (random, most frequent, oracle) belong to every one: scores are set against them.
+
+    Attributes:
+        suite: name, with or without version.
+        agents: names, see :func:`mmenvs.benchmark.players.check`; ``"blind"`` is one for each modality.
+        embeddings: ``"<encoder>+<fusion>"``, for agents that have one.
+        seeds: how many; None is the suite's.
+        steps, episodes: in place of the suite's budgets and evaluations.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    """
+
+    suite: str = "core-v0"
+    agents: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ("cnn+concat",)
+    seeds: int | None = None
+    steps: int | None = None
+    episodes: int | None = None
+    device: str = "auto"
+
+    def the_suite(self) -> Suite:
+        """The suite with what is changed in it."""
+        return suite_named(self.suite).changed(self.steps, self.episodes)
+
+    def runs(self) -> list[Run]:
+        """Every run as a JSON object that holds all that its scores depend on.
+
+        Those of a seed stand together, so that a benchmark cut short is fair.
+
+        Raises:
+            ValueError, TypeError, ImportError: for what doesn't exist or is given twice.
+        """
+        from mmenvs.benchmark.compare import plan
+        from mmenvs.benchmark.measure import space_of
+
+        suite = self.the_suite()
+        seeds = suite.seeds if self.seeds is None else integer_in("seeds", self.seeds, 1, 1000)
+        names = [players.check(name) for name in self._names()]
+        for what, values in {"agents": names, "embeddings": list(self.embeddings)}.items():
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{what} holds {twice[0]!r} twice")
+        if not self.embeddings:
+            raise ValueError("embeddings must name at least one, such as 'cnn+concat'")
+        spaces = {task: space_of(task.id, {"difficulty": task.difficulty}) for task in suite.tasks}
+        for task in suite.tasks:
+            for embedding in self.embeddings:
+                plan(embedding, task.id, {"difficulty": task.difficulty})
+        return [
+            {
+                "suite": suite.name,
+                "id": task.id,
+                "difficulty": task.difficulty,
+                "agent": name,
+                "embedding": embedding,
+                "seed": seed,
+                "steps": task.steps if players.trains(name) else 0,
+                "episodes": suite.episodes,
+                "episode_seed": suite.episode_seed,
+                "splits": list(suite.splits),
+                "checkpoints": list(suite.checkpoints),
+            }
+            for seed in range(seeds)
+            for task in suite.tasks
+            for name in names
+            for embedding in players.embeddings(name, self.embeddings)
+            if (seed == 0 or players.trains(name)) and players.sees(name, spaces[task]) != ()
+        ]
+
+    def _names(self) -> list[str]:
+        names = [*BASELINES, *(name for name in self.agents if name not in BASELINES)]
+        if "blind" not in names:
+            return names
+        at = names.index("blind")
+        return names[:at] + [players.BLIND + modality for modality in players.MODALITIES] + names[at + 1 :]
+
+    def save(self, folder: Path) -> None:
+        """Leave it in ``folder`` for ``--resume``."""
+        with replacing(folder / NAME) as file:
+            file.write_text(json.dumps({"format": 1, **asdict(self)}, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """What :meth:`save` left.
+
+        Raises:
+            FileNotFoundError: if there is nothing.
+            ValueError: if it is damaged.
+        """
+        path = folder / NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no benchmark in {str(folder)!r}: there is no {NAME}")
+        try:
+            found: Mapping[str, Any] = json.loads(path.read_text())
+            fields = {key: value for key, value in found.items() if key != "format"}
+            for key in ("agents", "embeddings"):
+                if not all(isinstance(name, str) for name in fields[key]):
+                    raise ValueError(f"{key} must hold names")
+                fields[key] = tuple(fields[key])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{str(path)!r} is no plan of a benchmark: {error}") from None

@@ -1,0 +1,165 @@
+"""Agents by name: which there are, what they are trained on, and how a run makes one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from mmenvs.benchmark.summary import BASELINES
+
+BLIND = "blind:"
+POLICY = "policy:"
+TRANSFORMER = "transformer"
+BLIND_LEARNS_BY = "ppo"
+MODALITIES = ("image", "text", "audio")
+_ALSO = {"images": "image"}  # a set of pictures is seen as one is
+
+
+def check(name: str) -> str:
+    """``name`` if there is such an agent.
+
+    Raises:
+        ValueError: if there isn't, with those that there are.
+        ImportError: if what it needs isn't installed, or a policy of one's own can't be imported.
+        TypeError: if a policy of one's own has no ``predict``.
+    """
+    kind, _, rest = name.partition(":")
+    if name.startswith(POLICY):
+        policy_class(name)
+    elif name.startswith(BLIND):
+        if rest not in MODALITIES:
+            raise ValueError(f"blind:<modality> must name one of {', '.join(MODALITIES)}, got {name!r}")
+    elif kind == TRANSFORMER:
+        if rest and "algo" not in inspect.signature(_transformer()).parameters:
+            raise ValueError(
+                f"the transformer of this version has one algorithm: 'transformer', got {name!r}"
+            )
+    elif name not in BASELINES and name not in _recipes():
+        allowed = (*BASELINES, *(BLIND + m for m in MODALITIES), *_recipes(), TRANSFORMER)
+        raise ValueError(f"agents must name some of {', '.join(allowed)}, got {name!r}")
+    elif name in ("trpo", "qrdqn", "recurrent_ppo") and importlib.util.find_spec("sb3_contrib") is None:
+        raise ImportError(f"{name!r} needs sb3-contrib: pip install sb3-contrib")
+    return name
+
+
+def trains(name: str) -> bool:
+    """Whether its score depends on a seed: baselines learn nothing, so one run of them is enough."""
+    return name not in BASELINES
+
+
+def embeddings(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The embeddings it is made with: of the transformer the encoders alone, as its attention is the fusion."""
+    if name in BASELINES or name.startswith(POLICY):
+        return ("",)
+    if name.partition(":")[0] == TRANSFORMER:
+        return tuple(dict.fromkeys(embedding.partition("+")[0] for embedding in given))
+    return tuple(given)
+
+
+def sees(name: str, space: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The observations that a blind agent sees of ``space``; None for all others, which see everything.
+
+    Returns:
+        Empty if it would see all or nothing, so that there is no such blind agent here.
+    """
+    if not name.startswith(BLIND):
+        return None
+    kinds = modalities(space)
+    seen = tuple(key for key, kind in kinds.items() if kind != name.removeprefix(BLIND))
+    return seen if len(seen) < len(kinds) else ()
+
+
+def modalities(space: Mapping[str, Any]) -> dict[str, str]:
+    """``image``, ``text`` or ``audio`` (or another modality) of each observation."""
+    from mmenvs.spaces import modality_of
+
+    found = {key: modality_of(part) for key, part in space.items()}
+    return {key: _ALSO.get(kind, kind) for key, kind in found.items()}
+
+
+def make(run: Mapping[str, Any], device: str) -> Any:
+    """The untrained agent of a run: something with ``predict``, or the name of a baseline."""
+    name, id = run["agent"], run["id"]
+    env_kwargs = {"difficulty": run["difficulty"]}
+    if name in BASELINES:
+        return name
+    if name.startswith(POLICY):
+        return _own(name, id, env_kwargs, run["seed"])
+    from mmenvs.benchmark.compare import plan
+    from mmenvs.benchmark.measure import space_of
+
+    common = {"seed": run["seed"], "device": device, "env_kwargs": env_kwargs}
+    kind, _, algo = name.partition(":")
+    if kind == TRANSFORMER:
+        encoders = plan(f"{run['embedding']}+concat", id, env_kwargs)["encoders"]
+        return _transformer()(id, encoders=encoders, **common, **({"algo": algo} if algo else {}))
+    chosen = plan(run["embedding"], id, env_kwargs)
+    sb3 = importlib.import_module("mmenvs_agents.sb3")
+    visible = sees(name, space_of(id, env_kwargs))
+    return sb3.make_agent(BLIND_LEARNS_BY if visible else name, id, visible=visible, **common, **chosen)
+
+
+def policy_class(name: str) -> Any:
+    """The class or function that ``policy:module:Class`` names.
+
+    Raises:
+        ValueError, ImportError, TypeError: if there is none, or nothing that predicts.
+    """
+    module, _, attribute = name.removeprefix(POLICY).partition(":")
+    if not module or not attribute:
+        raise ValueError(f"policy must be 'module:Class', got {name.removeprefix(POLICY)!r}")
+    # The folder one works in is where one's own modules are.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    found = getattr(importlib.import_module(module), attribute, None)
+    if found is None:
+        raise ImportError(f"policy: module {module!r} has no {attribute!r}")
+    if not callable(getattr(found, "predict", None)):
+        raise TypeError(f"policy: {module}:{attribute} has no method predict")
+    return found
+
+
+def policy_code(name: str) -> str:
+    """A hash of the module of ``policy:module:Class``; empty for other agents."""
+    if not name.startswith(POLICY):
+        return ""
+    spec = importlib.util.find_spec(name.removeprefix(POLICY).partition(":")[0])
+    origin = spec.origin if spec is not None else None
+    return hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:12] if origin else ""
+
+
+def _own(name: str, id: str, env_kwargs: Mapping[str, Any], seed: int) -> Any:
+    """A policy of one's own, with those of ``id, env_kwargs, observation_space, action_space, seed`` it takes."""
+    cls = policy_class(name)
+    if not isinstance(cls, type):
+        return cls
+    env = gym.make(id, **env_kwargs)
+    given = {
+        "id": id,
+        "env_kwargs": dict(env_kwargs),
+        "observation_space": env.observation_space,
+        "action_space": env.action_space,
+        "seed": seed,
+    }
+    env.close()
+    taken = inspect.signature(cls).parameters
+    return cls(**{key: value for key, value in given.items() if key in taken})
+
+
+def _recipes() -> tuple[str, ...]:
+    return tuple(importlib.import_module("mmenvs_agents.recipes").RECIPES)
+
+
+def _transformer() -> Any:
+    try:
+        return importlib.import_module("mmenvs_agents.transformer").TransformerAgent
+    except (ModuleNotFoundError, AttributeError):
+        raise ImportError("agent 'transformer' isn't part of this version of mmenvs_agents") from None

@@ -1,0 +1,191 @@
+"""``mmenvs benchmark``: a plan's runs into a store, on one machine; goes on after whatever stopped it.
+
+``docs/benchmark.md`` says what is run, what a row holds and how each number is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmenvs.benchmark import players, pool
+from mmenvs.benchmark.plan import NAME, Plan
+from mmenvs.benchmark.rows import locked
+from mmenvs.benchmark.store import MAIN, Store
+from mmenvs.benchmark.summary import count, run_key
+from mmenvs.checks import integer_in
+
+
+class Watcher(Protocol):
+    """Is told what happens."""
+
+    def begin(self, runs: int, done: int) -> None:
+        """There are so many runs, so many of them done before."""
+
+    def progress(self, event: pool.Progress) -> None:
+        """A run has come so far."""
+
+    def done(self, event: pool.Done) -> None:
+        """A run is over, and its rows are in the store."""
+
+
+class Lines:
+    """A watcher that says a line about each run that is over.
+
+    Args:
+        say: takes the lines.
+    """
+
+    def __init__(self, say: Callable[[str], Any]) -> None:
+        self.say = say
+
+    def begin(self, runs: int, done: int) -> None:
+        self.number, self.total = done, runs
+        self.say(f"{count(runs, 'run')}, {done} of them done before")
+
+    def progress(self, event: pool.Progress) -> None:
+        pass
+
+    def done(self, event: pool.Done) -> None:
+        self.number += 1
+        self.say(f"{self.number}/{self.total}  {run_name(event.run)}: {outcome(event)}")
+
+
+def run_name(run: Mapping[str, Any]) -> str:
+    """Such as ``"VQA-v0, difficulty 0: ppo, cnn+concat, seed 1"``."""
+    parts = [run["agent"], run["embedding"], f"seed {run['seed']}" if run["steps"] else ""]
+    where = f"{run['id'].removeprefix('MMRL/')}, difficulty {run['difficulty']}"
+    return f"{where}: {', '.join(part for part in parts if part)}"
+
+
+def outcome(event: pool.Done) -> str:
+    """The score of a run that is over, or its error, and the time it took."""
+    row = event.rows[-1]
+    result = row.get("error") or f"{row['scores'][MAIN]['return']:.3f}"
+    return f"{result}  ({event.seconds:.0f} s)"
+
+
+def benchmark(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    threads: int = 1,
+    timeout: float = 7200.0,
+    mix: bool = False,
+    watcher: Watcher | None = None,
+) -> int:
+    """Do the runs of ``plan`` that the store in ``out`` lacks; runs that failed are tried again.
+
+    Args:
+        plan: what to run.
+        out: folder of ``results.sqlite`` and ``benchmark.json``; it is made if it isn't there.
+        resume: go on in a folder that holds results.
+        workers: processes side by side, at most one a core makes sense.
+        threads: of torch and numba in each.
+        timeout: seconds that a run may take.
+        mix: add to rows that another version of the code left.
+        watcher: is told what happens.
+
+    Returns:
+        How many runs failed.
+
+    Raises:
+        ValueError, TypeError, ImportError: for what doesn't exist, before any run; if ``out`` holds results and
+            ``resume`` is False, holds rows of another version of the code and ``mix`` is False, or if a
+            benchmark is running there.
+        OSError: if the store can't be written, as on a full disk.
+    """
+    from mmenvs.benchmark import job
+    from mmenvs.benchmark.measure import provenance
+    from mmenvs.embeddings.embedding import resolve_device
+
+    watcher = watcher or Lines(print)
+    integer_in("workers", workers, 1, 1024)
+    integer_in("threads", threads, 1, 1024)
+    if not timeout > 0:
+        raise ValueError(f"timeout must be above 0, got {timeout}")
+    device = resolve_device(plan.device)
+    runs = plan.runs()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "benchmark"):
+        if (out / NAME).exists() and not resume:
+            raise ValueError(
+                f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
+            )
+        plan.save(out)
+        with Store(out, write=True) as store:
+            origin = provenance(device)
+            codes = {name: code_version(name) for name in {run["agent"] for run in runs}}
+            if not mix:
+                _check_codes(store, codes)
+            done = store.finished()
+            missing = [run for run in runs if run_key(run) not in done]
+            watcher.begin(len(runs), len(runs) - len(missing))
+            failed = 0
+            events = pool.run_all(
+                missing, job.execute, workers=min(workers, len(missing)), device=device,
+                threads=threads, timeout=timeout,
+            )  # fmt: skip
+            try:
+                for event in events:
+                    if isinstance(event, pool.Progress):
+                        watcher.progress(event)
+                        continue
+                    about = {
+                        **origin,
+                        "code": codes[event.run["agent"]],
+                        "threads": threads,
+                        "written": time.time(),
+                    }
+                    store.append([{**row, "provenance": about} for row in event.rows])
+                    failed += "error" in event.rows[-1]
+                    watcher.done(event)
+            finally:
+                events.close()
+    return failed
+
+
+def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
+    """Refuse to add to rows of another version: of the package, or of a policy of one's own."""
+    now = {code.partition("+")[0] for code in codes.values()}
+    there = {code: number for code, number in store.codes().items() if code.partition("+")[0] not in now}
+    if there:
+        raise ValueError(
+            f"{count(sum(there.values()), 'row')} in {str(store.path)!r} come from another version of the code "
+            f"({', '.join(there)}; this is {', '.join(now)}): go back to it, choose another folder, "
+            "or say --mix to have both in one report, which will say so"
+        )
+    for name, code in codes.items():
+        if name.startswith(players.POLICY):
+            changed = store.codes(name).keys() - {code}
+            if changed:
+                raise ValueError(
+                    f"rows of {name} in {str(store.path)!r} come from another version of its module: "
+                    "choose another folder, or say --mix"
+                )
+
+
+@cache
+def package_version() -> str:
+    """A hash of all that the scores may depend on: the Python files of mmenvs and mmenvs_agents."""
+    found = hashlib.sha256()
+    for package in ("mmenvs", "mmenvs_agents"):
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
+def code_version(agent: str) -> str:
+    """The version of the code that an agent's scores come from; with that of a module from elsewhere."""
+    own = players.policy_code(agent)
+    return f"{package_version()}+{own}" if own else package_version()

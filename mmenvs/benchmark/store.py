@@ -1,0 +1,230 @@
+"""The store of a benchmark: SQLite, one row for each run and checkpoint, appended to and never rewritten.
+
+``docs/benchmark.md`` has the schema of a row. A transaction holds all rows of a run, so that a run is there as
+a whole or not at all, whatever was killed meanwhile: the database is in WAL mode, synchronous FULL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmenvs.benchmark.rows import Row, finite_numbers, plain
+from mmenvs.benchmark.summary import run_key
+
+FORMAT = 1
+NAME = "results.sqlite"
+MAX_ROW = 2**26  # bytes of a row
+RUN = {"suite": str, "id": str, "difficulty": int, "agent": str, "embedding": str, "seed": int, "steps": int, "episodes": int}  # fmt: skip
+MAIN = "test/greedy"  # the evaluation that learning curves and rankings are made of
+_WAIT = 30.0  # seconds to wait for another writer
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS rows (
+    n INTEGER PRIMARY KEY,
+    run TEXT NOT NULL,
+    step INTEGER NOT NULL,
+    final INTEGER NOT NULL,
+    score REAL,
+    error TEXT,
+    code TEXT NOT NULL,
+    body TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS once ON rows (run, step) WHERE error IS NULL;
+CREATE INDEX IF NOT EXISTS finals ON rows (final);
+CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON rows
+    BEGIN SELECT RAISE(ABORT, 'rows are never rewritten'); END;
+CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON rows
+    BEGIN SELECT RAISE(ABORT, 'rows are never rewritten'); END;
+"""
+
+
+class Store:
+    """The rows of one folder.
+
+    Args:
+        folder: that holds, or shall hold, ``results.sqlite``.
+        write: open it to append, and make it if it isn't there.
+
+    Raises:
+        FileNotFoundError: if there is none and none shall be made.
+        ValueError: if the file is no store.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, write: bool = False) -> None:
+        self.path = Path(folder) / NAME
+        if not write and not self.path.is_file():
+            raise FileNotFoundError(f"no results in {str(folder)!r}: 'mmenvs benchmark' writes {NAME}")
+        try:
+            self._open(write)
+        except sqlite3.DatabaseError as error:
+            self.close()
+            if isinstance(error, sqlite3.OperationalError) and not _is_schema(error):
+                raise OSError(f"{str(self.path)!r} can't be opened: {error}") from None
+            raise ValueError(f"{str(self.path)!r} is no store of a benchmark: {error}") from None
+
+    def _open(self, write: bool) -> None:
+        # A store in a folder that can't be written to has no log beside it, and is read as it is.
+        fixed = not write and not os.access(self.path.parent, os.W_OK)
+        mode = "rwc" if write else "ro&immutable=1" if fixed else "ro"
+        self.database = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_WAIT, isolation_level=None
+        )
+        # Views and triggers of a file from elsewhere must not call functions.
+        self.database.execute("PRAGMA trusted_schema=OFF")
+        if write:
+            self.database.execute("PRAGMA journal_mode=WAL")
+            self.database.execute("PRAGMA synchronous=FULL")
+            self.database.executescript(_SCHEMA)
+        tables = self.database.execute("SELECT type FROM sqlite_schema WHERE name = 'rows'").fetchall()
+        if tables != [("table",)]:
+            raise sqlite3.DatabaseError("it has no table of rows")
+        self.database.execute("SELECT n, run, step, final, score, error, code, body FROM rows LIMIT 0")
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if hasattr(self, "database"):
+            self.database.close()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add the rows of a run, all or none; they are on disk when this returns.
+
+        Raises:
+            ValueError: for what is no row, or a row of a run and step that are there already.
+            OSError: if they can't be written, as on a full disk; nothing of them is there then.
+        """
+        values = []
+        for row in rows:
+            row = check(plain({"format": FORMAT, **row}))
+            score = row["scores"][MAIN]["return"] if "error" not in row else None
+            body = json.dumps(row, allow_nan=False)
+            code = str(row["provenance"].get("code", ""))
+            values.append(
+                (run_key(row["run"]), row["step"], row["final"], score, row.get("error"), code, body)
+            )
+        try:
+            with self.database:
+                self.database.execute("BEGIN IMMEDIATE")
+                self.database.executemany(
+                    "INSERT INTO rows (run, step, final, score, error, code, body) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+        except sqlite3.IntegrityError:
+            raise ValueError(f"{str(self.path)!r} holds this run already: {values[0][0]}") from None
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"{str(self.path)!r} can't be written: {error}; make room, then --resume goes on"
+            ) from None
+
+    def finished(self) -> set[str]:
+        """The keys (:func:`mmenvs.benchmark.summary.run_key`) of the runs that have their last row."""
+        return {key for (key,) in self._select("SELECT run FROM rows WHERE final AND error IS NULL")}
+
+    def codes(self, agent: str | None = None) -> dict[str, int]:
+        """How many rows, errors left out, of an agent or of all come from each version of the code."""
+        query = "SELECT code, count(*) FROM rows WHERE error IS NULL {} GROUP BY code"
+        if agent is None:
+            return dict(self._select(query.format("")))
+        return dict(self._select(query.format("AND json_extract(run, '$.agent') = ?"), agent))
+
+    def finals(self) -> Iterator[Row]:
+        """The last row of each run, oldest first."""
+        yield from self._rows("SELECT n, body FROM rows WHERE final AND error IS NULL ORDER BY n")
+
+    def failures(self) -> Iterator[Row]:
+        """The newest row of each run that failed and wasn't done since, oldest first."""
+        yield from self._rows(
+            "SELECT max(n), body FROM rows WHERE error IS NOT NULL AND run NOT IN "
+            "(SELECT run FROM rows WHERE final AND error IS NULL) GROUP BY run ORDER BY max(n)"
+        )
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Step and score of all checkpoints of each finished run, by its key."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        query = "SELECT run, step, score FROM rows WHERE error IS NULL ORDER BY run, step"
+        for key, step, score in self._select(query):
+            if not isinstance(step, int) or not isinstance(score, float | int):
+                raise ValueError(f"{str(self.path)!r} holds a checkpoint without a step and a score: {key}")
+            found.setdefault(key, []).append((step, float(score)))
+        return found
+
+    def count(self) -> int:
+        """The number of rows."""
+        return int(next(self._select("SELECT count(*) FROM rows"))[0])
+
+    def all(self) -> Iterator[Row]:
+        """Every row, oldest first."""
+        yield from self._rows("SELECT n, body FROM rows ORDER BY n")
+
+    def _rows(self, query: str) -> Iterator[Row]:
+        for n, body in self._select(query):
+            try:
+                if not isinstance(body, str) or len(body) > MAX_ROW:
+                    raise ValueError(f"a row is text of at most {MAX_ROW:,} characters")
+                yield check(json.loads(body))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise ValueError(f"row {n} of {str(self.path)!r} is no row of a benchmark: {error}") from None
+
+    def _select(self, query: str, *values: str) -> Iterator[Any]:
+        try:
+            yield from self.database.execute(query, values)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
+
+
+def _is_schema(error: sqlite3.Error) -> bool:
+    return "no such" in str(error) or "malformed" in str(error)
+
+
+def check(row: Any) -> Row:
+    """The row, if it has the form of one.
+
+    Raises:
+        ValueError: if it hasn't.
+    """
+    if not isinstance(row, dict) or row.get("format") != FORMAT:
+        raise ValueError(f"a row is an object with format {FORMAT}")
+    run = row.get("run")
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), kind) for key, kind in RUN.items()):
+        raise ValueError(f"run must hold {', '.join(RUN)}")
+    if not isinstance(row.get("step"), int) or not isinstance(row.get("final"), bool):
+        raise ValueError("step must be an integer and final a bool")
+    if not isinstance(row.get("provenance"), dict):
+        raise ValueError("provenance must be an object")
+    if "error" in row:
+        if not isinstance(row["error"], str):
+            raise ValueError("error must be text")
+        return row
+    scores = row.get("scores")
+    if not isinstance(scores, dict) or MAIN not in scores:
+        raise ValueError(f"scores must hold {MAIN}")
+    for name, score in scores.items():
+        if not finite_numbers([score.get(key) for key in ("return", "success", "length")]):
+            raise ValueError(f"scores must hold return, success and length of {name}")
+        if not finite_numbers(score.get("returns", [])) or not finite_numbers(
+            list(score.get("by_type", {}).values())
+        ):
+            raise ValueError(f"returns and by_type of {name} must hold numbers")
+    if row["final"]:
+        _check_final(row)
+    return row
+
+
+def _check_final(row: Row) -> None:
+    for name in ("test/greedy", "compositional/greedy"):
+        if name in row["scores"] and not row["scores"][name].get("returns"):
+            raise ValueError(f"the last row of a run must hold the returns of {name}")
+    cost = row.get("cost")
+    if not isinstance(cost, dict) or not finite_numbers([x for x in cost.values() if x is not None]):
+        raise ValueError("cost must hold numbers or null")
+    for example in row.get("examples", []):
+        if not isinstance(example["seed"], int) or not finite_numbers(example["actions"]):
+            raise ValueError("an example must hold a seed and actions")

@@ -1,0 +1,190 @@
+"""Commands of the benchmark: ``mmenvs benchmark | report``. ``mmenvs.cli`` registers them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+
+from mmenvs.cli import app, parse_list, parse_steps, user_errors
+
+_LAST = 8  # finished runs that the live table shows
+
+
+@app.command()
+def benchmark(
+    suite: Annotated[
+        str | None, typer.Option(help="core (default), audio, sequential, full; or with a version, core-v0.")
+    ] = None,
+    algorithms: Annotated[
+        str | None,
+        typer.Option(
+            "--agents",
+            help="Such as ppo,a2c,dqn,recurrent_ppo,transformer,blind; random, most_frequent and oracle always run.",
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="module:Class of your own, anything with predict(); may be repeated."),
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="ENCODER+FUSION, such as cnn+concat (default),shapes+cross_attention.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many runs of each; default is the suite's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on in this folder with its settings; options that are given change them."),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Steps of training in place of the suite's budgets.")
+    ] = None,
+    episodes: Annotated[
+        int | None, typer.Option(min=8, help="Episodes of an evaluation in place of the suite's.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and numba in each process.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds that a run may take.")] = 7200.0,
+    mix: Annotated[bool, typer.Option("--mix", help="Add to rows of another version of the code.")] = False,
+    device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
+) -> None:
+    """Run a suite: agents x embeddings x tasks x seeds. --resume does what is missing, and what failed again."""
+    from mmenvs.benchmark import runner
+    from mmenvs.benchmark.plan import Plan
+
+    with user_errors():
+        if (out is None) == (resume is None):
+            raise ValueError("one of --out, for a new benchmark, and --resume, to go on, must be given")
+        folder = resume or out
+        assert folder is not None
+        plan = Plan() if resume is None else Plan.load(resume)
+        agents = None if algorithms is None else tuple(parse_list(algorithms))
+        if policy:
+            agents = (*(agents or plan.agents), *(f"policy:{name}" for name in policy))
+        given: dict[str, Any] = {
+            "suite": suite,
+            "agents": agents,
+            "embeddings": None if embeddings is None else tuple(parse_list(embeddings)),
+            "seeds": seeds,
+            "steps": None if steps is None else parse_steps(steps),
+            "episodes": episodes,
+            "device": device,
+        }
+        plan = replace(plan, **{key: value for key, value in given.items() if value is not None})
+        options: dict[str, Any] = {
+            "resume": resume is not None, "workers": workers, "threads": threads, "timeout": timeout, "mix": mix,
+        }  # fmt: skip
+        try:
+            if Console().is_terminal:
+                with LiveTable() as table:
+                    failed = runner.benchmark(plan, folder, watcher=table, **options)
+            else:
+                failed = runner.benchmark(plan, folder, watcher=runner.Lines(typer.echo), **options)
+        except KeyboardInterrupt:
+            typer.echo(f"stopped early; 'mmenvs benchmark --resume {folder}' goes on")
+            raise typer.Exit(130) from None
+    typer.echo(f"next: mmenvs report {folder} --out report/")
+    if failed:
+        typer.echo(f"{failed} runs failed; the report says why, --resume tries them again", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that 'mmenvs benchmark' wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+) -> None:
+    """Leaderboard, curves, comparisons and episodes of a benchmark: one HTML page, Markdown, CSV and SVG."""
+    from mmenvs.benchmark import results
+
+    with user_errors():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+        results.write(folder, out)
+    typer.echo(f"written: {out / 'report.html'}, {out / 'report.md'}, leaderboard.csv, runs.csv, figures/")
+
+
+class LiveTable:
+    """One table of what runs now and what was done last; a watcher of the runner."""
+
+    def __init__(self) -> None:
+        self.live = Live(refresh_per_second=2)
+        self.running: dict[str, Any] = {}
+        self.finished: list[tuple[str, str]] = []
+        self.started: dict[str, float] = {}
+
+    def __enter__(self) -> LiveTable:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def begin(self, runs: int, done: int) -> None:
+        """As ``Watcher.begin``."""
+        self.total, self.number, self.at = runs, done, time.monotonic()
+        self.before = done
+        self._draw()
+
+    def progress(self, event: Any) -> None:
+        """As ``Watcher.progress``."""
+        from mmenvs.benchmark.runner import run_name
+
+        key = run_name(event.run)
+        self.started.setdefault(key, time.monotonic())
+        self.running[key] = event
+        self._draw()
+
+    def done(self, event: Any) -> None:
+        """As ``Watcher.done``."""
+        from mmenvs.benchmark.runner import outcome, run_name
+
+        self.running.pop(run_name(event.run), None)
+        self.number += 1
+        self.finished = [*self.finished[1 - _LAST :], (run_name(event.run), outcome(event))]
+        self._draw()
+
+    def _draw(self) -> None:
+        from mmenvs.benchmark.runner import run_name
+
+        done = self.number - self.before + sum(event.share for event in self.running.values())
+        left = (
+            (time.monotonic() - self.at) * (self.total - self.before - done) / done if done > 0.05 else None
+        )
+        title = f"{self.number} of {self.total} runs, about {_duration(left)} left"
+        table = Table("run", Column("", width=24), "left", "score", title=title)
+        for name, result in self.finished:
+            table.add_row(name, "", "", result)
+        for key, event in self.running.items():
+            table.add_row(
+                run_name(event.run),
+                ProgressBar(total=1.0, completed=event.share, width=24),
+                _duration(self._left(key, event)),
+                "" if event.score is None else f"{event.score:.3f}",
+            )
+        self.live.update(table)
+
+    def _left(self, key: str, event: Any) -> float | None:
+        spent = time.monotonic() - self.started[key]
+        return spent * (1 / event.share - 1) if event.share > 0.01 else None
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds >= 3600
+        else f"{seconds / 60:.0f} min"
+        if seconds >= 120
+        else f"{seconds:.0f} s"
+    )

@@ -1,0 +1,290 @@
+"""What goes wrong while a benchmark runs: killed processes, full disks, policies that misbehave, two runners."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmenvs.benchmark import job, pool, runner
+from mmenvs.benchmark.plan import Plan
+from mmenvs.benchmark.rows import plain
+from mmenvs.benchmark.store import Store
+from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask
+
+from . import bench_runs
+
+VQA = "MMRL/VQA-v0"
+KILLS = int(os.environ.get("MMENVS_KILLS", "3"))
+SETTINGS = {"workers": 1, "device": "cpu", "threads": 1, "timeout": 30.0}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A suite of one task, and runs that take an instant."""
+    monkeypatch.setitem(SUITES, "tiny-v0", Suite("tiny-v0", (SuiteTask(VQA, 0, 64),), seeds=2, episodes=8))
+    monkeypatch.setattr(job, "execute", bench_runs.execute)
+    return Plan(suite="tiny", agents=("ppo",), device="cpu")
+
+
+def run_of(agent, seed=0):
+    return {**bench_runs.PLAN.runs()[-1], "agent": agent, "seed": seed}
+
+
+def table(folder):
+    """Everything that a benchmark says but its provenance and the runs that failed, in an order of its own."""
+    with Store(folder) as store:
+        rows = [
+            {key: row[key] for key in row if key != "provenance"} for row in store.all() if "error" not in row
+        ]
+    return sorted(json.dumps(row, sort_keys=True) for row in rows)
+
+
+def children(pid):
+    """The worker processes of a runner."""
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(each) for each in found if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Whatever is killed, runner or worker: in the end the table is that of an undisturbed run."""
+    draw = random.Random(KILLS)
+    begun, killed = False, []
+    for _ in range(KILLS):
+        command = [sys.executable, "-m", "tests.bench_runs", str(tmp_path), *(["--resume"] if begun else [])]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not children(process.pid):
+            time.sleep(0.01)
+        workers = children(process.pid)
+        time.sleep(draw.uniform(0, 1.5))
+        if workers and draw.random() < 0.5:
+            os.kill(workers[0], signal.SIGKILL)
+            killed.append("worker")
+            time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        errors = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        killed.append("runner")
+        # Orphans don't go on working, nor hold what the next one needs.
+        end = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
+        begun = (tmp_path / "benchmark.json").exists()
+        if begun and (tmp_path / "results.sqlite").exists():
+            table(tmp_path)  # can be read at any time
+    with Store(tmp_path, write=True) as store:
+        before = len(store.finished())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "execute", bench_runs.execute)
+        # The lock of a killed runner is none.
+        runner.benchmark(bench_runs.PLAN, tmp_path, resume=begun)
+    if KILLS > 3:
+        print(
+            f"killed {killed.count('runner')} runners and {killed.count('worker')} workers, {before} runs done by then"
+        )
+    rows = [row for run in bench_runs.PLAN.runs() for row in bench_runs.rows_of(run)]
+    undisturbed = sorted(json.dumps(plain({"format": 1, **row}), sort_keys=True) for row in rows)
+    assert table(tmp_path) == undisturbed
+
+
+def test_one_that_dies_hangs_or_raises_costs_its_own_run():
+    agents = ("tells", "raises", "dies", "leaves", "hangs", "ppo")
+    events = list(
+        pool.run_all([run_of(agent) for agent in agents], bench_runs.execute, **{**SETTINGS, "timeout": 4.0})
+    )
+    done = {event.run["agent"]: event.rows for event in events if isinstance(event, pool.Done)}
+    assert list(done) == list(agents)
+    errors = {agent: rows[-1].get("error") for agent, rows in done.items()}
+    assert errors["raises"] == "ArithmeticError: no answer" and "execute" in done["raises"][-1]["traceback"]
+    assert (
+        errors["dies"].startswith("WorkerDied") and "signal 9; was there too little memory?" in errors["dies"]
+    )
+    assert errors["leaves"].endswith("exit code 3")
+    assert errors["hangs"] == "TimeoutError: the run took longer than 4 s"
+    assert errors["ppo"] is errors["tells"] is None and len(done["ppo"]) == 5
+    told = [event for event in events if isinstance(event, pool.Progress)]
+    assert [(event.run["agent"], event.share, event.score) for event in told] == [("tells", 0.25, 0.5)]
+    assert not multiprocessing.active_children()
+
+
+def test_workers_have_one_thread():
+    events = list(pool.run_all([run_of("ppo")], _environment, **SETTINGS))
+    assert events[0].rows == ["1", "1"]
+
+
+def _environment(run, device, tell):
+    return [os.environ["OMP_NUM_THREADS"], os.environ["NUMBA_NUM_THREADS"]]
+
+
+def test_failed_runs_are_rows_and_are_tried_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "execute", _fails_at_seed_1)
+    said: list[str] = []
+    failed = runner.benchmark(tiny, tmp_path, watcher=runner.Lines(said.append))
+    assert failed == 1 and said[0] == "5 runs, 0 of them done before"
+    assert any("seed 1: ValueError: at seed 1" in line for line in said)
+    with Store(tmp_path) as store:
+        (row,) = store.failures()
+        assert (
+            row["run"]["seed"] == 1 and row["error"] == "ValueError: at seed 1" and row["provenance"]["code"]
+        )
+        assert len(store.finished()) == 4
+    monkeypatch.setattr(job, "execute", bench_runs.execute)
+    said.clear()
+    assert runner.benchmark(tiny, tmp_path, resume=True, watcher=runner.Lines(said.append)) == 0
+    assert said[0] == "5 runs, 4 of them done before" and len(said) == 2
+    with Store(tmp_path) as store:
+        assert not list(store.failures()) and len(store.finished()) == 5
+        rows = store.count()
+    assert runner.benchmark(tiny, tmp_path, resume=True, watcher=runner.Lines(said.append)) == 0
+    with Store(tmp_path) as store:
+        assert store.count() == rows
+
+
+def _fails_at_seed_1(run, device, tell):
+    if run["seed"] == 1:
+        raise ValueError("at seed 1")
+    return bench_runs.execute(run, device, tell)
+
+
+def test_more_seeds_are_added(tiny, tmp_path):
+    runner.benchmark(tiny, tmp_path)
+    more = Plan(**{**tiny.__dict__, "seeds": 3})
+    said: list[str] = []
+    runner.benchmark(more, tmp_path, resume=True, watcher=runner.Lines(said.append))
+    assert said[0] == "6 runs, 5 of them done before"
+    assert Plan.load(tmp_path).seeds == 3
+
+
+def test_another_version_of_the_code_is_not_mixed_in(tiny, tmp_path, monkeypatch):
+    runner.benchmark(tiny, tmp_path)
+    monkeypatch.setattr(runner, "package_version", lambda: "another")
+    more = Plan(**{**tiny.__dict__, "seeds": 3})
+    with pytest.raises(ValueError, match=r"another version of the code .*--mix"):
+        runner.benchmark(more, tmp_path, resume=True)
+    runner.benchmark(more, tmp_path, resume=True, mix=True)
+    with Store(tmp_path) as store:
+        assert len(store.codes()) == 2
+
+
+def test_a_folder_with_results_needs_resume(tiny, tmp_path):
+    runner.benchmark(tiny, tmp_path)
+    with pytest.raises(ValueError, match="holds a benchmark: go on with --resume"):
+        runner.benchmark(tiny, tmp_path)
+
+
+def test_two_runners_in_one_folder(tiny, tmp_path):
+    with runner.locked(tmp_path), pytest.raises(ValueError, match="another benchmark is writing to"):
+        runner.benchmark(tiny, tmp_path)
+
+
+def test_full_disk(tiny, tmp_path, monkeypatch):
+    """The runner stops with a clear message; what was written is whole, and it goes on once there is room."""
+    append = Store.append
+
+    def full(store, rows):
+        if len(store.finished()) == 3:
+            pages = store.database.execute("PRAGMA page_count").fetchone()[0]
+            store.database.execute(f"PRAGMA max_page_count={pages}")
+            rows = [{**row, "padding": "x" * 100_000} for row in rows]
+        append(store, rows)
+
+    monkeypatch.setattr(Store, "append", full)
+    with pytest.raises(OSError, match=r"database or disk is full; make room, then --resume goes on"):
+        runner.benchmark(tiny, tmp_path)
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(Store, "append", append)
+    with Store(tmp_path) as store:
+        assert len(store.finished()) == 3
+    assert runner.benchmark(tiny, tmp_path, resume=True) == 0
+    with Store(tmp_path) as store:
+        assert len(store.finished()) == 5
+
+
+# Policies of others --------------------------------------------------------------------------------------
+
+
+class Yes:
+    """Says yes to everything."""
+
+    def __init__(self, action_space):
+        assert action_space.n == 34
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.zeros(len(observation["image"]), np.int64), None
+
+
+class Learns(Yes):
+    def learn(self, total_timesteps):
+        self.learned = total_timesteps
+
+
+class NotFinite(Yes):
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.full(len(observation["image"]), np.nan), None
+
+
+class WrongShape(Yes):
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.zeros((len(observation["image"]), 2), np.int64), None
+
+
+class NoState(Yes):
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.zeros(len(observation["image"]), np.int64)
+
+
+class OutOfRange(Yes):
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.full(len(observation["image"]), 99), None
+
+
+def own(name):
+    return {
+        **run_of(f"policy:tests.test_benchmark_faults:{name}"),
+        "id": VQA,
+        "difficulty": 0,
+        "embedding": "",
+    }
+
+
+@pytest.mark.parametrize("name", ["Yes", "Learns"])
+def test_a_policy_of_ones_own(name):
+    (row,) = job.execute(own(name), "cpu", lambda *_: None)
+    assert row["final"] and set(row["scores"]) == {
+        "test/greedy", "test/sampled", "compositional/greedy", "compositional/sampled",
+        "test/greedy/without image", "test/greedy/without question",
+    }  # fmt: skip
+    assert row["scores"]["test/greedy"] == {
+        **row["scores"]["test/sampled"],
+        "returns": row["scores"]["test/greedy"]["returns"],
+    }
+    assert [example["actions"] for example in row["examples"]] == [[0]] * 8
+    assert row["cost"]["decisions_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NotFinite", "predict of policy:.*NotFinite returned numbers that are not finite"),
+        ("WrongShape", r"must return 8 integers, got shape \(8, 2\)"),
+        ("NoState", r"must return \(actions, state\), got ndarray"),
+        ("OutOfRange", "actions must be from 0 to 33, got 99"),
+    ],
+)
+def test_a_policy_that_answers_wrongly(name, message):
+    with pytest.raises(Exception, match=message):
+        job.execute(own(name), "cpu", lambda *_: None)
