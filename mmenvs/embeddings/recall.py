@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmenvs.embeddings.cache import EmbeddingCache, hash_rows
+from mmenvs.embeddings.cache import EmbeddingCache
+from mmenvs.embeddings.keys import hash_rows
 
 _NAME = "0" * 32  # of the only encoder in the cache
 
