@@ -62,10 +62,16 @@ class A2CRecipe(Recipe):
 
 @dataclass(frozen=True)
 class RecurrentPPORecipe(PPORecipe):
-    """PPO with an LSTM between extractor and heads (Hochreiter and Schmidhuber 1997), from sb3-contrib."""
+    """PPO with an LSTM between extractor and heads (Hochreiter and Schmidhuber 1997), from sb3-contrib.
+
+    Without self-imitation: a remembered step would need the state of the LSTM at that time.
+    """
 
     arguments: Mapping[str, Any] = field(
-        default_factory=lambda: {**PPORecipe().arguments, "n_steps": 32, "batch_size": 256}
+        default_factory=lambda: {
+            **{name: value for name, value in PPORecipe().arguments.items() if name != "imitation"},
+            "n_steps": 32,
+        }
     )
 
 
