@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 
 from mmenvs.benchmark.summary import BASELINES
+from mmenvs.registry import task_class
 
 BLIND = "blind:"
 POLICY = "policy:"
@@ -99,7 +100,10 @@ def make(run: Mapping[str, Any], device: str) -> Any:
     common = {"seed": run["seed"], "device": device, "env_kwargs": env_kwargs}
     kind, _, algo = name.partition(":")
     if kind == TRANSFORMER:
-        encoders = plan(f"{run['embedding']}+concat", id, env_kwargs)["encoders"]
+        chosen = plan(f"{run['embedding']}+concat", id, env_kwargs)["encoders"]
+        # What an episode has said so far it knows as its own actions, and encodes no second time.
+        history = getattr(task_class(id), "history", ())
+        encoders = {key: encoder for key, encoder in chosen.items() if key not in history}
         return _transformer()(id, encoders=encoders, **common, **({"algo": algo} if algo else {}))
     chosen = plan(run["embedding"], id, env_kwargs)
     sb3 = importlib.import_module("mmenvs_agents.sb3")
@@ -160,6 +164,6 @@ def _recipes() -> tuple[str, ...]:
 
 def _transformer() -> Any:
     try:
-        return importlib.import_module("mmenvs_agents.transformer").TransformerAgent
+        return importlib.import_module("mmenvs_agents.transformer.agent").TransformerAgent
     except (ModuleNotFoundError, AttributeError):
         raise ImportError("agent 'transformer' isn't part of this version of mmenvs_agents") from None
