@@ -77,6 +77,9 @@ RUNS["captioning-caption-only"] = Run(
 def execute(name: str, run: Run, episodes: int, steps: int | None, keep: Path | None) -> dict[str, Any]:
     """Train and score one run; a row of the table."""
     env_kwargs = {"difficulty": run.difficulty}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     begin, cpu = time.perf_counter(), time.process_time()
     player: Any = run.agent
     total = run.steps and (steps or run.steps)
@@ -86,9 +89,6 @@ def execute(name: str, run: Run, episodes: int, steps: int | None, keep: Path | 
         train(player, total, keep and keep / name, progress=False)
     trained, trained_cpu = time.perf_counter() - begin, time.process_time() - cpu
     result = evaluate(player, run.id, split="test", episodes=episodes, env_kwargs=env_kwargs)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "name": name,
         "id": run.id,
