@@ -336,7 +336,7 @@ def goes_on_in_memory(folder, says):
 
 def test_a_full_disk(small_disk):
     keys = goes_on_in_memory(small_disk, os.strerror(errno.ENOSPC))
-    # What was written before is whole.
+    # As many as fit, all of them whole.
     assert 200 <= holds(EmbeddingCache(small_disk).section(ONE, 256), keys) <= 250
 
 
