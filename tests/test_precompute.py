@@ -1,8 +1,10 @@
 """Embedding all that an environment can show: pools and sources, stops, the command, Ray."""
 
+import gc
 import resource
 import subprocess
 import sys
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -260,15 +262,23 @@ def test_items_that_another_machine_sees_otherwise_are_refused():
         encode_items(other, encoder, image, check=True)
 
 
+of_ray = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Ray on one processor."""
     ray = pytest.importorskip("ray", reason="Ray, of the extra ray, is not installed")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield ray
-    ray.shutdown()
+    with warnings.catch_warnings():
+        # Ray leaves files and processes to the garbage collector, which would tell of them in any later test.
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()
 
 
+@of_ray
 def test_ray_embeds_the_same(cluster, tmp_path, computed):
     from mmenvs.integrations.ray import on_ray
 
@@ -281,6 +291,7 @@ def test_ray_embeds_the_same(cluster, tmp_path, computed):
     assert "image, question of 30 scenes" in run(VQA, "--pool-size", 30, "--engine", "ray", "--out", tmp_path)
 
 
+@of_ray
 def test_a_worker_of_ray_that_sees_something_else_is_named(cluster):
     from mmenvs.integrations.ray import on_ray
 
