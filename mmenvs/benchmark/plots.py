@@ -91,7 +91,7 @@ def bars(
         axes.invert_yaxis()
         axes.set(xlabel=label, title=title)
 
-    return _svg(draw, f"bars {title}", len(values) * (1 + len(groups) // 3))
+    return _svg(draw, f"bars {title}", len(values) + len(groups))
 
 
 class Costed(Protocol):

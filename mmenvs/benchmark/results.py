@@ -119,7 +119,7 @@ def figures(board: Board) -> dict[str, str]:
     ranked = [agent for agent in board.ranked if agent in board.trained()]
     found: dict[str, str] = {}
     if ranked:
-        shown = [agent for agent in board.ranked if agent != "oracle"]
+        shown = ranked[: len(plots.COLOURS)]  # bars of more can't be told apart
         values = {
             tag: [board.aggregate(agent, "test", "mean", tasks=tasks) for agent in shown]
             for tag, tasks in board.tags.items()
