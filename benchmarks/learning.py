@@ -53,13 +53,8 @@ _SHAPES = {"image": "shapes", "question": "shapes"}
 for _fusion in MISSION:
     RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 70_000, {"fusion": _fusion})
     # From pixels level 1 takes too long for a CPU; so the pretrained embedding that ships sees and reads.
-    RUNS[f"vqa-shapes-{_fusion}"] = Run(
-        VQA,
-        1,
-        "ppo",
-        400_000,
-        {"fusion": _fusion, "encoders": _SHAPES},
-    )
+    _steps = 1_000_000 if _fusion == "concat" else 400_000
+    RUNS[f"vqa-shapes-{_fusion}"] = Run(VQA, 1, "ppo", _steps, {"fusion": _fusion, "encoders": _SHAPES})
 RUNS["vqa-concat"] = Run(VQA, 1, "ppo", 400_000, {"fusion": "concat"})
 _SEEN = {"fusion": "concat", "encoders": {"image": "shapes"}}
 RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 300_000, _SEEN, {"shaping": True})
