@@ -94,13 +94,10 @@ def measure_evaluation(episodes: int) -> None:
 def measure_store(rows: int) -> None:
     """Time to append a run of one row to a store of many agents, and to build its report; peak memory."""
     folder = Path(tempfile.mkdtemp())
-    runs = Plan(
-        suite="core", agents=("ppo", "a2c", "dqn", "trpo", "qrdqn"), seeds=1, steps=1000, episodes=100
-    ).runs()
+    runs = Plan(suite="core", agents=("ppo",), seeds=20, steps=1000, episodes=100).runs()
     baselines = [run for run in runs if not run["steps"]]
     others = [run for run in runs if run["steps"]]
-    each = len(others) * (len(others[0]["checkpoints"]) + 1)
-    seeds = max(1, rows // each)
+    agents = max(1, rows // (len(others) * (len(others[0]["checkpoints"]) + 1)))
     generator = np.random.default_rng(0)
     with Store(folder, write=True) as store:
         for run in baselines:
