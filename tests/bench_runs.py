@@ -16,7 +16,8 @@ import numpy as np
 
 from mmenvs.benchmark.plan import Plan
 
-PLAN = Plan(suite="core-v0", agents=("ppo", "a2c", "dqn"), seeds=4, steps=100, episodes=8, device="cpu")
+KILLS = int(os.environ.get("MMENVS_KILLS", "3"))
+PLAN = Plan("core-v0", ("ppo", "a2c", "dqn"), seeds=KILLS + 1, steps=100, episodes=8, device="cpu")
 
 
 def execute(run, device, tell):

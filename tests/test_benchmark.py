@@ -401,7 +401,7 @@ def test_numbers_of_the_board_by_hand(filled):
     expected = np.mean([
         (np.mean(means["ppo", *task]) - means["random", *task][0]) / (1 - means["random", *task][0]) for task in tasks
     ])  # fmt: skip
-    assert board.aggregate("ppo", "test", "mean").value == pytest.approx(expected)
+    assert board.aggregates("ppo", "test")["mean"].value == pytest.approx(expected)
     floor = max(
         [
             np.mean(means["blind:image", VQA, 0]),
@@ -410,9 +410,9 @@ def test_numbers_of_the_board_by_hand(filled):
         ]
     )
     assert board.floor("VQA-v0, difficulty 0", "test", "blind") == pytest.approx(floor)
-    assert board.aggregate("oracle", "test", "mean").value == 1
+    assert board.aggregates("oracle", "test")["mean"].value == 1
     assert board.unranked == ["blind to text", "blind to audio"] and board.ranked[0] == "oracle"
-    assert board.aggregate("blind to text", "test", "mean") is None
+    assert board.aggregates("blind to text", "test") == {}
     assert set(board.tags["audio"]) == {
         "AudioVisualMatching-v0, difficulty 0",
         "AudioVisualMatching-v0, difficulty 1",

@@ -22,7 +22,7 @@ from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import tags_of
 from mmenvs.benchmark.summary import BASELINES, run_key
 
-FLOORS = ("random", "blind")
+_SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Board:
     failed: tuple[Row, ...]
     origins: dict[str, int]
     others: tuple[str, ...] = ()
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _floors: dict[Any, float | None] = field(default_factory=dict, repr=False)
+    _aggregates: dict[Any, dict[str, Interval]] = field(default_factory=dict, repr=False)
 
     def of(self, agent: str) -> dict[str, list[Record]]:
         """The runs of an agent by task."""
@@ -77,62 +78,72 @@ class Board:
 
     def floor(self, task: str, split: str, kind: str) -> float | None:
         """The score that counts as 0: of the random agent, or of the best one that lacks a modality."""
-        names = ["random"]
-        if kind == "blind":
-            blind = [name for name in self.agents if name.startswith("blind to ")]
-            names = [*blind, BASELINES["most_frequent"]]
-        scores = [
-            float(np.mean([record.returns[split].mean() for record in self.cells[name, task]]))
-            for name in names
-            if (name, task) in self.cells and split in self.cells[name, task][0].returns
-        ]
-        return max(scores) if scores else None
+        key = (task, split, kind)
+        if key not in self._floors:
+            names = ["random"]
+            if kind == "blind":
+                blind = [name for name in self.agents if name.startswith("blind to ")]
+                names = [*blind, BASELINES["most_frequent"]]
+            scores = [score for name in names if (score := self.mean(name, task, split)) is not None]
+            self._floors[key] = max(scores) if scores else None
+        return self._floors[key]
+
+    def mean(self, agent: str, task: str, split: str) -> float | None:
+        """Mean return over runs and episodes; None where it is missing."""
+        records = self.cells.get((agent, task), [])
+        if not records or any(split not in record.returns for record in records):
+            return None
+        return float(np.mean([record.returns[split].mean() for record in records]))
 
     def normalised(self, agent: str, task: str, split: str, kind: str = "random") -> list[Array] | None:
         """Episodes of each run between a floor and the oracle; None where one of these is missing."""
-        low, oracle = self.floor(task, split, kind), self.cells.get(("oracle", task))
-        records = self.cells.get((agent, task), [])
-        if low is None or oracle is None or not records or any(split not in r.returns for r in records):
+        low, high = self.floor(task, split, kind), self.mean("oracle", task, split)
+        if self.mean(agent, task, split) is None or low is None or high is None or not high > low:
             return None
-        high = float(oracle[0].returns[split].mean())
-        if not high > low:
-            return None
+        records = self.cells[agent, task]
         return [stats.normalised(record.returns[split], low, high) for record in records]
 
     def over_tasks(
         self, agent: str, split: str, tasks: Sequence[str], kind: str = "random"
     ) -> list[list[Array]] | None:
         """Normalised runs of each of ``tasks``; None if any is missing: different sets aren't averaged."""
-        key = ("over", agent, split, tuple(tasks), kind)
-        if key not in self._cache:
-            found = [self.normalised(agent, task, split, kind) for task in tasks]
-            complete = [runs for runs in found if runs is not None]
-            self._cache[key] = complete if tasks and len(complete) == len(found) else None
-        result: list[list[Array]] | None = self._cache[key]
-        return result
+        found = [self.normalised(agent, task, split, kind) for task in tasks]
+        complete = [runs for runs in found if runs is not None]
+        return complete if tasks and len(complete) == len(found) else None
 
-    def aggregate(
-        self, agent: str, split: str, name: str, kind: str = "random", tasks: Sequence[str] | None = None
-    ) -> Interval | None:
-        """One of ``stats.AGGREGATES`` over tasks, all by default."""
-        key = ("aggregate", agent, split, name, kind, None if tasks is None else tuple(tasks))
-        if key not in self._cache:
-            runs = self.over_tasks(agent, split, self.tasks if tasks is None else tasks, kind)
-            self._cache[key] = None if runs is None else stats.aggregate(runs, stats.AGGREGATES[name])
-        result: Interval | None = self._cache[key]
-        return result
+    def aggregates(
+        self, agent: str, split: str, kind: str = "random", tasks: Sequence[str] | None = None
+    ) -> dict[str, Interval]:
+        """``stats.AGGREGATES`` over tasks, all by default; empty if any task is missing."""
+        key = (agent, split, kind, self.tasks if tasks is None else tuple(tasks))
+        if key not in self._aggregates:
+            runs = self.over_tasks(agent, split, key[3], kind)
+            self._aggregates[key] = {} if runs is None else stats.aggregates(runs)
+        return self._aggregates[key]
 
     @cached_property
     def ranked(self) -> list[str]:
         """Agents with a normalised score on every task, best interquartile mean on the test split first."""
-        scores = {agent: self.aggregate(agent, "test", "interquartile mean") for agent in self.agents}
-        known = {agent: score.value for agent, score in scores.items() if score is not None}
+        known = {}
+        for agent in self.agents:
+            runs = self.over_tasks(agent, "test", self.tasks)
+            if runs is not None:
+                means = [np.array([run.mean() for run in of_task]) for of_task in runs]
+                known[agent] = float(stats.interquartile_mean_of_tasks(means))
         return sorted(known, key=lambda agent: (-known[agent], agent))
+
+    @property
+    def shown(self) -> list[str]:
+        """The agents that tables have room for: the best ones, the baselines, and some of the unranked."""
+        best = [agent for agent in self.ranked if agent not in BASELINES.values()][:_SHOWN]
+        chosen = {*best, *BASELINES.values(), *self.unranked[:_SHOWN]}
+        return [agent for agent in self.agents if agent in chosen]
 
     @property
     def unranked(self) -> list[str]:
         """Agents that lack a task, so that no mean of theirs can stand beside the others'."""
-        return [agent for agent in self.agents if agent not in self.ranked]
+        ranked = set(self.ranked)
+        return [agent for agent in self.agents if agent not in ranked]
 
     @property
     def tags(self) -> dict[str, list[str]]:
@@ -226,7 +237,7 @@ def _record(row: Row, curves: dict[str, list[tuple[int, float]]]) -> Record:
             name: {key: value for key, value in score.items() if key != "returns"}
             for name, score in row["scores"].items()
         },
-        returns={split: np.asarray(score["returns"], np.float64) for split, score in splits.items()},
+        returns={split: np.asarray(score["returns"], np.float32) for split, score in splits.items()},
         cost=row["cost"],
         curve=curves.get(run_key(row["run"]), []),
         examples=row.get("examples", []),

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from mmenvs.benchmark.stats import RESAMPLES, Array, Interval, Tasks, interval_from, resampled
 
+_PAIRS = 2**22
+
 
 def probability_of_improvement(
     first: Tasks, second: Tasks, *, resamples: int = RESAMPLES, seed: int = 0
@@ -33,7 +35,7 @@ def probability_of_improvement(
     # Draws of the other agent are its own: the same ones would tie seeds that have nothing in common.
     theirs, their_draws = resampled(second, resamples, seed + 1)
     value = float(np.mean([_wins(a, b) for a, b in zip(ours, theirs, strict=True)]))
-    draws = np.mean([_wins(a, b) for a, b in zip(our_draws, their_draws, strict=True)], 0)
+    draws = np.mean([_wins_of_draws(a, b) for a, b in zip(our_draws, their_draws, strict=True)], 0)
     return interval_from(value, draws, 0.95)
 
 
@@ -41,6 +43,12 @@ def _wins(first: Array, second: Array) -> Array:
     """Share of pairs in which the first is higher, ``(..., n)`` and ``(..., m)`` to ``(...)``."""
     a, b = first[..., :, None], second[..., None, :]
     return ((a > b) + 0.5 * (a == b)).mean((-2, -1))
+
+
+def _wins_of_draws(first: Array, second: Array) -> Array:
+    """The same a few draws at a time: every pair of runs of all draws at once may not fit into memory."""
+    few = max(1, _PAIRS // (first.shape[1] * second.shape[1]))
+    return np.concatenate([_wins(first[i : i + few], second[i : i + few]) for i in range(0, len(first), few)])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class Episode:
 
 def examples(board: Board) -> list[Episode]:
     """For each task some episodes of the best agent that trained on it, right and wrong ones if there are both."""
-    order = [agent for agent in [*board.ranked, *board.unranked] if agent in board.trained()]
+    trained = set(board.trained())
+    order = [agent for agent in [*board.ranked, *board.unranked] if agent in trained]
     found = []
     for task in board.tasks:
         agent = next((agent for agent in order if (agent, task) in board.cells), None)

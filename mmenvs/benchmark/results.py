@@ -31,7 +31,7 @@ from mmenvs.files import replacing
 TITLE = "Benchmark"
 SPLITS = ("test", "compositional")
 _DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2)
-_COMPARED = 12  # agents in the tables of pairs
+_COMPARED = 12  # agents in the tables of pairs and in the figures
 _THRESHOLDS = np.linspace(-0.1, 1.05, 47)
 
 
@@ -89,9 +89,11 @@ def remarks(board: Board) -> list[str]:
     if board.failed:
         found.append(f"{count(len(board.failed), 'run')} failed, see below.")
     if board.unranked:
+        some = board.unranked[:_COMPARED]
+        more = f" and {len(board.unranked) - len(some)} more" if len(board.unranked) > len(some) else ""
         found.append(
             "Without a score on every task, so not ranked, as averages over different sets of tasks "
-            f"can't be compared: {'; '.join(board.unranked)}."
+            f"can't be compared: {'; '.join(some)}{more}."
         )
     codes = {json.loads(origin).get("code") for origin in board.origins}
     if len(codes) > 1:
@@ -115,13 +117,15 @@ def tables(board: Board) -> list[Table]:
 
 def figures(board: Board) -> dict[str, str]:
     """The figures as SVG by the names of their files."""
-    look = plots.styles(board.agents)
-    ranked = [agent for agent in board.ranked if agent in board.trained()]
+    trained = set(board.trained())
+    ranked = [agent for agent in board.ranked if agent in trained][:_COMPARED]
+    drawn = [agent for agent in board.agents if agent in {*ranked, *board.unranked[:_COMPARED]} & trained]
+    look = plots.styles(drawn)
     found: dict[str, str] = {}
     if ranked:
         shown = ranked[: len(plots.COLOURS)]  # bars of more can't be told apart
         values = {
-            tag: [board.aggregate(agent, "test", "mean", tasks=tasks) for agent in shown]
+            tag: [board.aggregates(agent, "test", tasks=tasks).get("mean") for agent in shown]
             for tag, tasks in board.tags.items()
         }
         by_agent = {agent: [values[tag][i] for tag in values] for i, agent in enumerate(shown)}
@@ -142,7 +146,7 @@ def figures(board: Board) -> dict[str, str]:
         if any(entry.cost["seconds"] is not None for entry in entries):
             found["cost"] = plots.pareto("seconds", entries, look)
     for number, task in enumerate(board.tasks):
-        lines = {agent: line for agent in board.trained() if (line := _curve(board, agent, task))}
+        lines = {agent: line for agent in drawn if (line := _curve(board, agent, task))}
         if lines:
             labels = ("steps of training", "return, test")
             found[f"curve_{number}"] = plots.curves(task, lines, look, labels, steps=True)
@@ -150,8 +154,7 @@ def figures(board: Board) -> dict[str, str]:
 
 
 def _entry(board: Board, agent: str) -> Entry:
-    score = board.aggregate(agent, "test", "mean")
-    assert score is not None
+    score = board.aggregates(agent, "test")["mean"]
     return Entry(agent, score, {"seconds": board.cost(agent, "seconds")})
 
 
@@ -199,15 +202,18 @@ def _leaderboard(board: Board) -> Table:
         "Greedy, test split; 95 % intervals over seeds and episodes. Blind: the best of the agents that lack a "
         "modality and of the most frequent answer, so that what is above 0 takes all modalities."
     )
-    rows = [[column(agent) for column in columns.values()] for agent in board.ranked]
+    shown = set(board.shown)
+    rows = [[column(agent) for column in columns.values()] for agent in board.ranked if agent in shown]
+    if len(rows) < len(board.ranked):
+        note += f" The best of {len(board.ranked)}; runs.csv has all."
     if not rows:
         note = "No agent has a score on every task beside random and oracle."
-        rows = [[agent, *[None] * (len(columns) - 1)] for agent in board.agents]
+        rows = [[agent, *[None] * (len(columns) - 1)] for agent in board.shown]
     return Table("Leaderboard", note, tuple(columns), rows)
 
 
 def _aggregate(board: Board, split: str, name: str, kind: str = "random") -> Callable[[str], Value]:
-    return lambda agent: board.aggregate(agent, split, name, kind)
+    return lambda agent: board.aggregates(agent, split, kind).get(name)
 
 
 def _minutes(seconds: float | None) -> float | None:
@@ -216,8 +222,8 @@ def _minutes(seconds: float | None) -> float | None:
 
 def _by_tag(board: Board) -> Table:
     rows: list[list[Value]] = []
-    for agent in board.agents:
-        values = [board.aggregate(agent, "test", "mean", tasks=tasks) for tasks in board.tags.values()]
+    for agent in board.shown:
+        values = [board.aggregates(agent, "test", tasks=tasks).get("mean") for tasks in board.tags.values()]
         if any(value is not None for value in values):
             rows.append([agent, *values])
     note = "Normalised mean over the tasks with the tag; – for an agent that lacks one of them."
@@ -226,7 +232,7 @@ def _by_tag(board: Board) -> Table:
 
 def _criteria(board: Board, task: str) -> Table:
     """Reward, episode length, stability and efficiency of every agent on a task."""
-    agents = [agent for agent in board.agents if (agent, task) in board.cells]
+    agents = [agent for agent in board.shown if (agent, task) in board.cells]
 
     def mean(agent: str, evaluation: str, key: str) -> Value:
         records = board.cells[agent, task]
@@ -268,17 +274,18 @@ def _criteria(board: Board, task: str) -> Table:
 
 
 def _dropped(board: Board, task: str) -> Table:
+    shown = [agent for agent in board.trained() if agent in board.shown]
     names = list(
         dict.fromkeys(
             name
-            for agent in board.trained()
+            for agent in shown
             for record in board.cells.get((agent, task), [])
             for name in record.scores
             if "without" in name
         )
     )
     rows: list[list[Value]] = []
-    for agent in board.trained():
+    for agent in shown:
         records = board.cells.get((agent, task), [])
         if records and any(name in record.scores for record in records for name in names):
             row: list[Value] = [agent]
@@ -292,7 +299,7 @@ def _dropped(board: Board, task: str) -> Table:
 
 
 def _types(board: Board, task: str) -> Table:
-    agents = [agent for agent in board.agents if (agent, task) in board.cells]
+    agents = [agent for agent in board.shown if (agent, task) in board.cells]
     kinds = list(
         dict.fromkeys(
             kind
@@ -325,10 +332,11 @@ def _improvement(board: Board) -> Table:
 
 
 def _paired(board: Board) -> Table:
-    trained = [agent for agent in board.ranked if agent in board.trained()]
-    if not trained:
+    trained = set(board.trained())
+    ranked = [agent for agent in board.ranked if agent in trained]
+    if not ranked:
         return Table("", "", ("agent",), [])
-    best, *others = trained[:_COMPARED]
+    best, *others = ranked[:_COMPARED]
     rows: list[list[Value]] = []
     alone = False
     for agent in [*others, *(name for name in BASELINES.values() if name in board.agents)]:

@@ -117,6 +117,15 @@ def check_same_tasks(scores: Mapping[str, Mapping[str, object]]) -> tuple[str, .
     return tasks
 
 
+def aggregates(tasks: Tasks, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
+    """All of ``AGGREGATES`` from the same draws; arguments as for :func:`bootstrap`."""
+    values, draws = resampled(tasks, resamples, seed)
+    return {
+        name: interval_from(float(statistic(values)), statistic(draws), 0.95)
+        for name, statistic in AGGREGATES.items()
+    }
+
+
 def aggregate(
     tasks: Tasks, statistic: Callable[[Sequence[Array]], Array], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
@@ -215,11 +224,13 @@ def resampled(tasks: Tasks, resamples: int, seed: int) -> tuple[list[Array], lis
         episodes = [_episodes(run) for run in runs]
         values.append(np.array([run.mean() for run in episodes]))
         chosen = generator.integers(len(episodes), size=(resamples, len(episodes)))
-        drawn = np.empty(chosen.shape)
-        for i, run in enumerate(episodes):
-            at = chosen == i
-            drawn[at] = _resampled_means(run, int(at.sum()), generator)
-        draws.append(drawn)
+        # How often each run was drawn, and where: in the order of the runs, which takes no pass for each of them.
+        times, order = np.bincount(chosen.ravel()), np.argsort(chosen, axis=None, kind="stable")
+        drawn = np.empty(chosen.size)
+        drawn[order] = np.concatenate(
+            [_resampled_means(run, int(n), generator) for run, n in zip(episodes, times, strict=False)]
+        )
+        draws.append(drawn.reshape(chosen.shape))
     return values, draws
 
 
