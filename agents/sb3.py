@@ -218,6 +218,8 @@ def train(
         )
     outputs = []
     if out is not None:
+        # Whatever ends the run, its folder holds an agent to go on with.
+        save(agent, out)
         # Each run has a file of its own: Stable-Baselines3 empties a CSV that is there.
         outputs = [
             make_output_format(kind, str(out), f"_{agent.num_timesteps}") for kind in ("csv", "tensorboard")

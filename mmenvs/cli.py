@@ -325,6 +325,7 @@ def make_agent(
     """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
     opened = {} if source is None else {"source": open_source(source, id)}
     arguments["env_kwargs"] = {**env_kwargs, **opened}
+    one_of("agent", algo, (*agents("recipes").RECIPES, TRANSFORMER))
     if algo == TRANSFORMER:
         if fusion is not None:
             raise ValueError(

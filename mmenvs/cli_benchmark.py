@@ -110,7 +110,7 @@ def report(
         if out.exists() and not out.is_dir():
             raise ValueError(f"out must be a folder, {str(out)!r} is a file")
         results.write(folder, out)
-    typer.echo(f"written: {out / 'report.html'}, {out / 'report.md'}, leaderboard.csv, runs.csv, figures/")
+    typer.echo(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 class LiveTable:

@@ -233,7 +233,7 @@ def test_bad_steps(tmp_path, text):
         (f"show {VQA} --out {{}}/a.png --source vqav2:{{}}/missing", "missing"),
         ("train MMRL/Captions-v0 --out {}/a", "did you mean MMRL/Captioning-v0"),
         (f"train {VQA} --fusion glue --out {{}}/a", "fusion must be one of concat, weighted_sum"),
-        (f"train {VQA} --agent sarsa --out {{}}/a", "algo must be one of ppo, a2c, dqn"),
+        (f"train {VQA} --agent sarsa --out {{}}/a", "agent must be one of 'ppo', 'a2c', 'dqn'"),
         (f"train {VQA} --device tpu --out {{}}/a", "device must be 'auto', 'cpu' or 'cuda'"),
         (f"train {VQA} --split dev --out {{}}/a", "split must be one of"),
         (f"train {VQA} --resume --out {{}}/a", "no agent in"),

@@ -123,7 +123,10 @@ def policy_class(name: str) -> Any:
     # The folder one works in is where one's own modules are.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    found = getattr(importlib.import_module(module), attribute, None)
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise ImportError(f"policy: module {module!r} can't be imported: {error}") from error
     if found is None:
         raise ImportError(f"policy: module {module!r} has no {attribute!r}")
     if not callable(getattr(found, "predict", None)):
