@@ -31,11 +31,16 @@ def probability_of_improvement(
     """
     if len(first) != len(second):
         raise ValueError(f"both must have the same tasks, got {len(first)} and {len(second)}")
-    ours, our_draws = resampled(first, resamples, seed)
     # Draws of the other agent are its own: the same ones would tie seeds that have nothing in common.
-    theirs, their_draws = resampled(second, resamples, seed + 1)
-    value = float(np.mean([_wins(a, b) for a, b in zip(ours, theirs, strict=True)]))
-    draws = np.mean([_wins_of_draws(a, b) for a, b in zip(our_draws, their_draws, strict=True)], 0)
+    return improvement(resampled(first, resamples, seed), resampled(second, resamples, seed + 1))
+
+
+def improvement(
+    first: tuple[Sequence[Array], Sequence[Array]], second: tuple[Sequence[Array], Sequence[Array]]
+) -> Interval:
+    """:func:`probability_of_improvement` of what :func:`mmenvs.benchmark.stats.resampled` gives of each."""
+    value = float(np.mean([_wins(a, b) for a, b in zip(first[0], second[0], strict=True)]))
+    draws = np.mean([_wins_of_draws(a, b) for a, b in zip(first[1], second[1], strict=True)], 0)
     return interval_from(value, draws, 0.95)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ import numpy as np
 from mmenvs.benchmark import episodes, plots, stats
 from mmenvs.benchmark.board import Board, read
 from mmenvs.benchmark.differences import (
+    improvement,
     paired_difference,
     pooled_spread,
-    probability_of_improvement,
     seeds_needed,
 )
 from mmenvs.benchmark.page import Table, Value, cell_text, markdown, page, provenance_table
@@ -322,11 +323,17 @@ def _types(board: Board, task: str) -> Table:
 
 def _improvement(board: Board) -> Table:
     names = [agent for agent in board.ranked if agent != "oracle"][:_COMPARED]
-    runs = {name: board.over_tasks(name, "test", board.tasks) for name in names}
-    rows: list[list[Value]] = [
-        [a, *(None if a == b else probability_of_improvement(runs[a] or [], runs[b] or []) for b in names)]
-        for a in names
-    ]
+    draws = {
+        name: stats.resampled(runs, stats.RESAMPLES, number)
+        for number, name in enumerate(names)
+        if (runs := board.over_tasks(name, "test", board.tasks)) is not None
+    }
+    found: dict[tuple[str, str], Value] = {(name, name): None for name in names}
+    for a, b in itertools.combinations(names, 2):
+        better = improvement(draws[a], draws[b])
+        found[a, b] = better
+        found[b, a] = Interval(1 - better.value, 1 - better.high, 1 - better.low)
+    rows: list[list[Value]] = [[a, *(found[a, b] for b in names)] for a in names]
     note = "How probably a run of the agent at the left scores above one of the agent at the top, mean over tasks."
     return Table("Probability of improvement", note, ("agent", *names), rows if len(names) > 1 else [])
 

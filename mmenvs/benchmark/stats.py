@@ -214,7 +214,7 @@ def bootstrap(
 
 
 def resampled(tasks: Tasks, resamples: int, seed: int) -> tuple[list[Array], list[Array]]:
-    """Of each task the mean scores of its runs, ``(runs,)``, and those of the draws, ``(resamples, runs)``."""
+    """For each task the mean scores of its runs, ``(runs,)``, and those of the draws, ``(resamples, runs)``."""
     integer_in("resamples", resamples, 1, 10**6)
     if not tasks or not all(len(runs) for runs in tasks):
         raise ValueError("tasks must hold at least one task, each with at least one run")
