@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import multiprocessing
 import re
@@ -12,14 +13,17 @@ from html.parser import HTMLParser
 import gymnasium as gym
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mmenvs.benchmark import board as boards
 from mmenvs.benchmark import episodes, job, players, results, store
 from mmenvs.benchmark.plan import Plan
+from mmenvs.benchmark.pool import Done, Progress
 from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask, suite_named
 from mmenvs.cli import app
+from mmenvs.cli_benchmark import LiveTable
 from mmenvs.registry import SPECS, task_class
 
 from . import bench_runs
@@ -510,6 +514,20 @@ def test_command(tmp_path, monkeypatch):
     assert "7 runs, 5 of them done before" in said
     command("report", out, "--out", tmp_path / "report")
     assert "tests.test_benchmark_faults:Yes" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_live_table():
+    table = LiveTable()
+    table.live.console = Console(width=120, record=True, file=io.StringIO())
+    (run, other) = [run for run in PLAN.runs() if run["agent"] == "ppo"][:2]
+    with table:
+        table.begin(12, 3)
+        table.progress(Progress(run, 0.5, None))
+        table.progress(Progress(run, 0.9, 0.25))
+        table.done(Done(other, bench_runs.rows_of(other, 1.0), 7.0))
+    text = table.live.console.export_text()
+    assert "4 of 12 runs, about" in text and "0.250" in text
+    assert re.search(r"difficulty 1: ppo, cnn\+concat, seed 0 .* 1.000  \(7 s\)", text)
 
 
 @pytest.mark.parametrize(

@@ -121,12 +121,12 @@ def benchmark(
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
             )
-        plan.save(out)
         with Store(out, write=True) as store:
             origin = provenance(device)
             codes = {name: code_version(name) for name in {run["agent"] for run in runs}}
             if not mix:
                 _check_codes(store, codes)
+            plan.save(out)
             done = store.finished()
             missing = [run for run in runs if run_key(run) not in done]
             watcher.begin(len(runs), len(runs) - len(missing))
