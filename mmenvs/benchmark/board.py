@@ -7,8 +7,9 @@ A *task* is an id at a difficulty, an *agent* one with its embedding; its runs o
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,9 +21,9 @@ from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.stats import Array, Interval
 from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import tags_of
-from mmenvs.benchmark.summary import BASELINES, run_key
+from mmenvs.benchmark.summary import BASELINES
 
-_SHOWN = 30
+SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Board:
         cells: by agent and task, the runs by seed.
         failed: rows of runs that failed.
         origins: how many runs come from each origin, as JSON.
+        codes: versions of the code that rows of the store come from.
         others: names of other suites in the store, whose rows are left out.
+        left_out: how many further agents there are, that score less than these.
     """
 
     suite: str
@@ -64,7 +67,9 @@ class Board:
     cells: dict[tuple[str, str], list[Record]]
     failed: tuple[Row, ...]
     origins: dict[str, int]
-    others: tuple[str, ...] = ()
+    codes: tuple[str, ...]
+    others: tuple[str, ...]
+    left_out: int
     _floors: dict[Any, float | None] = field(default_factory=dict, repr=False)
     _aggregates: dict[Any, dict[str, Interval]] = field(default_factory=dict, repr=False)
 
@@ -133,13 +138,6 @@ class Board:
         return sorted(known, key=lambda agent: (-known[agent], agent))
 
     @property
-    def shown(self) -> list[str]:
-        """The agents that tables have room for: the best ones, the baselines, and some of the unranked."""
-        best = [agent for agent in self.ranked if agent not in BASELINES.values()][:_SHOWN]
-        chosen = {*best, *BASELINES.values(), *self.unranked[:_SHOWN]}
-        return [agent for agent in self.agents if agent in chosen]
-
-    @property
     def unranked(self) -> list[str]:
         """Agents that lack a task, so that no mean of theirs can stand beside the others'."""
         ranked = set(self.ranked)
@@ -169,7 +167,7 @@ class Board:
 
 
 def read(store: Store, suite: str | None = None) -> Board:
-    """Sort the rows of a store.
+    """Sort the rows of a store; of many agents only those that a report has room for are read.
 
     Args:
         store: at least one run must be finished.
@@ -178,24 +176,32 @@ def read(store: Store, suite: str | None = None) -> Board:
     Raises:
         ValueError: without a finished run (of the suite).
     """
-    origins: dict[str, Counter[str]] = {}
-    curves = store.curves()
-    records: dict[str, list[Record]] = {}
+    everything: dict[str, list[tuple[int, str, str, str, float]]] = {}
     last = None
-    for row in store.finals():
-        last = str(row["run"]["suite"])
-        origin = {key: value for key, value in row["provenance"].items() if key != "written"}
-        origins.setdefault(last, Counter())[json.dumps(origin, sort_keys=True)] += 1
-        records.setdefault(last, []).append(_record(row, curves))
-    suite = suite if suite in records else last if suite is None else None
-    if suite is None:
+    for n, run, score in store.scores():
+        last = sys.intern(str(run["suite"]))
+        name, embedding = sys.intern(_agent_name(run)), sys.intern(run["embedding"])
+        everything.setdefault(last, []).append((n, name, embedding, sys.intern(task_name(run)), score))
+    suite = last if suite is None else suite
+    if suite not in everything:
         raise ValueError(f"{str(store.path)!r} holds no finished run of the suite")
-    found = records[suite]
-    embeddings = {record.run["embedding"] for record in found if record.run["embedding"]}
-    namer = _namer(len(embeddings) > 1)
+    found = everything[suite]
+    several = len({embedding for _, _, embedding, _, _ in found} - {""}) > 1
+    scores: dict[str, dict[str, list[float]]] = {}
+    named = []
+    for n, name, embedding, task, score in found:
+        agent = f"{name}, {embedding.replace('+', ' + ')}" if several and embedding else name
+        scores.setdefault(agent, {}).setdefault(task, []).append(score)
+        named.append((n, agent, task))
+    chosen = _chosen(scores)
     cells: dict[tuple[str, str], list[Record]] = {}
-    for record in found:
-        cells.setdefault((namer(record.run), task_name(record.run)), []).append(record)
+    origins: Counter[str] = Counter()
+    places = [(agent, task) for _, agent, task in named if agent in chosen]
+    rows = store.rows(n for n, agent, _ in named if agent in chosen)
+    for place, row in zip(places, rows, strict=True):
+        origin = {key: value for key, value in row["provenance"].items() if key != "written"}
+        origins[json.dumps(origin, sort_keys=True)] += 1
+        cells.setdefault(place, []).append(_record(row, store.curve(row["run"])))
     for group in cells.values():
         group.sort(key=lambda record: record.run["seed"])
     return Board(
@@ -204,9 +210,29 @@ def read(store: Store, suite: str | None = None) -> Board:
         agents=tuple(dict.fromkeys(agent for agent, _ in cells)),
         cells=cells,
         failed=tuple(row for row in store.failures() if row["run"]["suite"] == suite),
-        origins=dict(origins[suite]),
-        others=tuple(name for name in records if name != suite),
+        origins=dict(origins),
+        codes=tuple(store.codes()),
+        others=tuple(name for name in everything if name != suite),
+        left_out=len(scores) - len(chosen),
     )
+
+
+def _chosen(scores: dict[str, dict[str, list[float]]]) -> set[str]:
+    """The baselines, the agents with the best interquartile means, and some that lack a task."""
+    tasks = list(dict.fromkeys(task for of_agent in scores.values() for task in of_agent))
+    known: dict[str, float] = {}
+    for agent, of_agent in scores.items():
+        values = []
+        for task in tasks:
+            low, high = (scores.get(name, {}).get(task) for name in ("random", "oracle"))
+            if task in of_agent and low and high and np.mean(high) > np.mean(low):
+                values.append(stats.normalised(of_agent[task], float(np.mean(low)), float(np.mean(high))))
+        if len(values) == len(tasks):
+            known[agent] = float(stats.interquartile_mean_of_tasks(values))
+    known = {agent: score for agent, score in known.items() if agent not in BASELINES.values()}
+    best = sorted(known, key=lambda agent: (-known[agent], agent))[:SHOWN]
+    rest = [agent for agent in scores if agent not in known and agent not in BASELINES.values()][:SHOWN]
+    return {*best, *rest, *(name for name in BASELINES.values() if name in scores)}
 
 
 def task_name(run: dict[str, Any]) -> str:
@@ -214,22 +240,16 @@ def task_name(run: dict[str, Any]) -> str:
     return f"{run['id'].removeprefix('MMRL/')}, difficulty {run['difficulty']}"
 
 
-def _namer(several: bool) -> Callable[[dict[str, Any]], str]:
-    """A function from run to the name of its agent, with the embedding where there are several."""
-
-    def name(run: dict[str, Any]) -> str:
-        agent = str(run["agent"])
-        shown = BASELINES.get(agent, agent)
-        if agent.startswith(players.BLIND):
-            shown = f"blind to {agent.removeprefix(players.BLIND)}"
-        if agent.startswith(players.POLICY):
-            shown = agent.removeprefix(players.POLICY)
-        return f"{shown}, {run['embedding'].replace('+', ' + ')}" if several and run["embedding"] else shown
-
-    return name
+def _agent_name(run: dict[str, Any]) -> str:
+    agent = str(run["agent"])
+    if agent.startswith(players.BLIND):
+        return f"blind to {agent.removeprefix(players.BLIND)}"
+    if agent.startswith(players.POLICY):
+        return agent.removeprefix(players.POLICY)
+    return BASELINES.get(agent, agent)
 
 
-def _record(row: Row, curves: dict[str, list[tuple[int, float]]]) -> Record:
+def _record(row: Row, curve: list[tuple[int, float]]) -> Record:
     splits = {name.split("/")[0]: score for name, score in row["scores"].items() if "returns" in score}
     return Record(
         run=row["run"],
@@ -239,6 +259,6 @@ def _record(row: Row, curves: dict[str, list[tuple[int, float]]]) -> Record:
         },
         returns={split: np.asarray(score["returns"], np.float32) for split, score in splits.items()},
         cost=row["cost"],
-        curve=curves.get(run_key(row["run"]), []),
+        curve=curve,
         examples=row.get("examples", []),
     )

@@ -96,8 +96,7 @@ def remarks(board: Board) -> list[str]:
             "Without a score on every task, so not ranked, as averages over different sets of tasks "
             f"can't be compared: {'; '.join(some)}{more}."
         )
-    codes = {json.loads(origin).get("code") for origin in board.origins}
-    if len(codes) > 1:
+    if len({code.partition("+")[0] for code in board.codes}) > 1:
         found.append("Careful: these rows come from different versions of the code, see the last table.")
     if board.others:
         found.append(f"The store holds other suites, left out here: {'; '.join(board.others)}.")
@@ -203,13 +202,14 @@ def _leaderboard(board: Board) -> Table:
         "Greedy, test split; 95 % intervals over seeds and episodes. Blind: the best of the agents that lack a "
         "modality and of the most frequent answer, so that what is above 0 takes all modalities."
     )
-    shown = set(board.shown)
-    rows = [[column(agent) for column in columns.values()] for agent in board.ranked if agent in shown]
-    if len(rows) < len(board.ranked):
-        note += f" The best of {len(board.ranked)}; runs.csv has all."
+    rows = [[column(agent) for column in columns.values()] for agent in board.ranked]
+    if board.left_out:
+        note += (
+            f" {count(board.left_out, 'further agent')} with lower scores or without all tasks: in the store."
+        )
     if not rows:
         note = "No agent has a score on every task beside random and oracle."
-        rows = [[agent, *[None] * (len(columns) - 1)] for agent in board.shown]
+        rows = [[agent, *[None] * (len(columns) - 1)] for agent in board.agents]
     return Table("Leaderboard", note, tuple(columns), rows)
 
 
@@ -223,7 +223,7 @@ def _minutes(seconds: float | None) -> float | None:
 
 def _by_tag(board: Board) -> Table:
     rows: list[list[Value]] = []
-    for agent in board.shown:
+    for agent in board.agents:
         values = [board.aggregates(agent, "test", tasks=tasks).get("mean") for tasks in board.tags.values()]
         if any(value is not None for value in values):
             rows.append([agent, *values])
@@ -233,7 +233,7 @@ def _by_tag(board: Board) -> Table:
 
 def _criteria(board: Board, task: str) -> Table:
     """Reward, episode length, stability and efficiency of every agent on a task."""
-    agents = [agent for agent in board.shown if (agent, task) in board.cells]
+    agents = [agent for agent in board.agents if (agent, task) in board.cells]
 
     def mean(agent: str, evaluation: str, key: str) -> Value:
         records = board.cells[agent, task]
@@ -275,7 +275,7 @@ def _criteria(board: Board, task: str) -> Table:
 
 
 def _dropped(board: Board, task: str) -> Table:
-    shown = [agent for agent in board.trained() if agent in board.shown]
+    shown = board.trained()
     names = list(
         dict.fromkeys(
             name
@@ -300,7 +300,7 @@ def _dropped(board: Board, task: str) -> Table:
 
 
 def _types(board: Board, task: str) -> Table:
-    agents = [agent for agent in board.shown if (agent, task) in board.cells]
+    agents = [agent for agent in board.agents if (agent, task) in board.cells]
     kinds = list(
         dict.fromkeys(
             kind

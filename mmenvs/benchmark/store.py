@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ CREATE TABLE IF NOT EXISTS rows (
     body TEXT NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS once ON rows (run, step) WHERE error IS NULL;
-CREATE INDEX IF NOT EXISTS finals ON rows (final);
+CREATE INDEX IF NOT EXISTS finals ON rows (run, score) WHERE final AND error IS NULL;
+CREATE INDEX IF NOT EXISTS errors ON rows (run) WHERE error IS NOT NULL;
+CREATE INDEX IF NOT EXISTS codes ON rows (code) WHERE error IS NULL;
 CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON rows
     BEGIN SELECT RAISE(ABORT, 'rows are never rewritten'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON rows
@@ -135,6 +138,18 @@ class Store:
             return dict(self._select(query.format("")))
         return dict(self._select(query.format("AND json_extract(run, '$.agent') = ?"), agent))
 
+    def scores(self) -> Iterator[tuple[int, dict[str, Any], float]]:
+        """Number, run and score of the last row of each run, oldest first; without reading the rows themselves."""
+        query = "SELECT n, run, score FROM rows WHERE final AND error IS NULL"
+        for n, run, score in sorted(self._select(query)):
+            with self._naming(n):
+                yield int(n), check_run(json.loads(run)), float(score)
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
+        """The rows of these numbers."""
+        for n in numbers:
+            yield from self._rows("SELECT n, body FROM rows WHERE n = ?", int(n))
+
     def finals(self) -> Iterator[Row]:
         """The last row of each run, oldest first."""
         yield from self._rows("SELECT n, body FROM rows WHERE final AND error IS NULL ORDER BY n")
@@ -146,15 +161,10 @@ class Store:
             "(SELECT run FROM rows WHERE final AND error IS NULL) GROUP BY run ORDER BY max(n)"
         )
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Step and score of all checkpoints of each finished run, by its key."""
-        found: dict[str, list[tuple[int, float]]] = {}
-        query = "SELECT run, step, score FROM rows WHERE error IS NULL ORDER BY run, step"
-        for key, step, score in self._select(query):
-            if not isinstance(step, int) or not isinstance(score, float | int):
-                raise ValueError(f"{str(self.path)!r} holds a checkpoint without a step and a score: {key}")
-            found.setdefault(key, []).append((step, float(score)))
-        return found
+    def curve(self, run: Mapping[str, Any]) -> list[tuple[int, float]]:
+        """Step and score of all checkpoints of a run."""
+        query = "SELECT step, score FROM rows WHERE run = ? AND error IS NULL ORDER BY step"
+        return [(int(step), float(score)) for step, score in self._select(query, run_key(run))]
 
     def count(self) -> int:
         """The number of rows."""
@@ -164,16 +174,21 @@ class Store:
         """Every row, oldest first."""
         yield from self._rows("SELECT n, body FROM rows ORDER BY n")
 
-    def _rows(self, query: str) -> Iterator[Row]:
-        for n, body in self._select(query):
-            try:
+    def _rows(self, query: str, *values: int) -> Iterator[Row]:
+        for n, body in self._select(query, *values):
+            with self._naming(n):
                 if not isinstance(body, str) or len(body) > MAX_ROW:
                     raise ValueError(f"a row is text of at most {MAX_ROW:,} characters")
                 yield check(json.loads(body))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise ValueError(f"row {n} of {str(self.path)!r} is no row of a benchmark: {error}") from None
 
-    def _select(self, query: str, *values: str) -> Iterator[Any]:
+    @contextmanager
+    def _naming(self, n: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"row {n} of {str(self.path)!r} is no row of a benchmark: {error}") from None
+
+    def _select(self, query: str, *values: str | int) -> Iterator[Any]:
         try:
             yield from self.database.execute(query, values)
         except sqlite3.DatabaseError as error:
@@ -192,9 +207,7 @@ def check(row: Any) -> Row:
     """
     if not isinstance(row, dict) or row.get("format") != FORMAT:
         raise ValueError(f"a row is an object with format {FORMAT}")
-    run = row.get("run")
-    if not isinstance(run, dict) or not all(isinstance(run.get(key), kind) for key, kind in RUN.items()):
-        raise ValueError(f"run must hold {', '.join(RUN)}")
+    check_run(row.get("run"))
     if not isinstance(row.get("step"), int) or not isinstance(row.get("final"), bool):
         raise ValueError("step must be an integer and final a bool")
     if not isinstance(row.get("provenance"), dict):
@@ -216,6 +229,17 @@ def check(row: Any) -> Row:
     if row["final"]:
         _check_final(row)
     return row
+
+
+def check_run(run: Any) -> dict[str, Any]:
+    """The run, if it says all that one is.
+
+    Raises:
+        ValueError: if it doesn't.
+    """
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), kind) for key, kind in RUN.items()):
+        raise ValueError(f"run must hold {', '.join(RUN)}")
+    return run
 
 
 def _check_final(row: Row) -> None:
