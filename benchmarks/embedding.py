@@ -23,9 +23,9 @@ from typing import Any
 import gymnasium as gym
 import torch
 import torch.nn.functional as F
+from mmenvs_agents.imitation import SelfImitationPPO
 from mmenvs_agents.recipes import PPORecipe
 from mmenvs_agents.sb3 import make_agent
-from stable_baselines3 import PPO
 
 from mmenvs.embeddings import EmbeddingCache, load_embedding
 from mmenvs.integrations.sb3 import make_vec_env
@@ -38,8 +38,8 @@ ID, POOL = "MMRL/VQA-v0", 20_000
 MLP_BATCH = 512
 
 
-def on_embedding(cache: EmbeddingCache | None, **env_kwargs: Any) -> PPO:
-    """SB3's PPO with an MLP on the pooled vectors of `shapes`."""
+def on_embedding(cache: EmbeddingCache | None, **env_kwargs: Any) -> SelfImitationPPO:
+    """The recipe's PPO with an MLP of Stable-Baselines3 on the pooled vectors of `shapes`."""
     recipe = PPORecipe()
     env = make_vec_env(
         ID,
@@ -48,7 +48,9 @@ def on_embedding(cache: EmbeddingCache | None, **env_kwargs: Any) -> PPO:
         **env_kwargs,
     )
     arguments = {**recipe.arguments, "batch_size": MLP_BATCH, "ent_coef": recipe.ent_coef}
-    return PPO("MlpPolicy", env, learning_rate=recipe.learning_rate, seed=0, device="cpu", **arguments)
+    return SelfImitationPPO(
+        "MlpPolicy", env, learning_rate=recipe.learning_rate, seed=0, device="cpu", **arguments
+    )
 
 
 def bursts(agents: dict[str, Any], count: int, rollouts: int) -> dict[str, float]:
