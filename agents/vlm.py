@@ -1,13 +1,12 @@
-"""Vision-language models of Hugging Face: fine-tuning on an environment through TRL, and playing in it."""
+"""Vision-language models of Hugging Face as agents: loading, playing. ``vlm_finetuning.py`` trains them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,11 @@ from mmenvs.checks import integer_in, one_of
 from mmenvs.datasets import open_source
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.pretrained_files import check_folder, find_folder, loading, read_config
-from mmenvs.files import replacing
 from mmenvs.integrations.trl import CaptionReader, TextEpisodes
 
 FORMAT = 1
 SETTINGS = "vlm.json"
 ALGOS = ("sft", "grpo", "rloo", "dpo")
-# Learning rates that are usual for LoRA, and for all weights.
-_RATES = {"sft": (2e-4, 2e-5), "grpo": (1e-5, 1e-6), "rloo": (1e-5, 1e-6), "dpo": (5e-6, 5e-7)}
 
 
 @dataclass(frozen=True)
@@ -257,11 +253,11 @@ def load_model(source: str, device: str = "auto") -> tuple[Any, Any]:
         ValueError: if it isn't a vision-language model with a chat template, or its files are damaged.
     """
     device = resolve_device(device)
-    model, processor = _read(source, half=device != "cpu")
+    model, processor = read_model(source, half=device != "cpu")
     return model.to(device), processor
 
 
-def _read(source: str, half: bool) -> tuple[Any, Any]:
+def read_model(source: str, half: bool) -> tuple[Any, Any]:
     """The model, in bfloat16 if ``half``, on the CPU, and its processor."""
     folder = find_folder(source, local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1")
     check_folder(folder, source, text=False)
@@ -297,135 +293,10 @@ def zero_shot(settings: VLMSettings, device: str = "auto") -> VLMPolicy:
     return VLMPolicy(model, processor, settings)
 
 
-def finetune(
-    settings: VLMSettings,
-    out: str | os.PathLike[str],
-    device: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
-) -> bool:
-    """Fine-tune a model on the train split, or the one in ``env_kwargs``, and leave it in ``out``.
-
-    ``out`` holds a whole model, adapters merged, that :func:`load` and transformers read, and ``log.json``: what TRL
-    has logged. Under ``accelerate launch`` each process calls this, and the first one writes.
-
-    Args:
-        settings: what to train.
-        out: folder without a fine-tuned model.
-        device: as for :func:`load_model`.
-        say: is handed a line of progress at a time.
-
-    Returns:
-        False if Ctrl-C ended the training early (the model is saved then too), else True.
-
-    Raises:
-        ImportError: without TRL.
-        FileNotFoundError, ValueError: see :func:`load_model` and :class:`mmenvs.integrations.trl.TextEpisodes`.
-    """
-    trl, out, device = require_trl(), check_out(out), resolve_device(device)
-    episodes = settings.episodes()
-    document = _document(settings)
-    # Steps of a learning rate for all weights are too small to be added to bfloat16.
-    model, processor = _read(settings.model, half=device != "cpu" and settings.lora > 0)
-    max_tokens = settings.max_tokens or longest_answer(episodes, processor)
-    arguments = _arguments(settings, out, device, max_tokens)
-    config = getattr(trl, f"{settings.algo.upper()}Config")(**arguments)
-    model.to(config.device)  # the GPU of this process
-    transformers.set_seed(settings.seed)
-    rows = settings.batch * settings.steps * config.world_size
-    common: dict[str, Any] = {
-        "model": model,
-        "args": config,
-        "processing_class": processor,
-        "peft_config": _lora(settings),
-        "callbacks": [_progress(say)],
-    }
-    first = int(np.random.SeedSequence([settings.seed]).generate_state(1)[0])
-    if settings.algo in ("grpo", "rloo"):
-        seeds = range(first, first + rows // settings.generations)
-        trainer = getattr(trl, f"{settings.algo.upper()}Trainer")(
-            reward_funcs=episodes.reward, train_dataset=episodes.dataset(seeds), **common
-        )
-    elif settings.algo == "sft":
-        seeds = range(first, first + rows)
-        dataset = episodes.dataset(seeds, completion=episodes.oracle(seeds))
-        trainer = trl.SFTTrainer(train_dataset=dataset, **common)
-    else:
-        policy = VLMPolicy(model, processor, settings)
-        trainer = trl.DPOTrainer(train_dataset=pairs(policy, first, rows, say), **common)
-    trainer.remove_callback(transformers.PrinterCallback)
-    finished = True
-    try:
-        trainer.train()
-    except KeyboardInterrupt:
-        finished = False
-    if trainer.accelerator.is_main_process:
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if settings.lora:
-            trained = trained.merge_and_unload()
-        _save(trained, processor, document, trainer.state, out)
-    trainer.accelerator.wait_for_everyone()
-    return finished
-
-
-def check_out(out: str | os.PathLike[str]) -> Path:
-    """A folder that a fine-tuned model may be written into, else a ``ValueError``."""
-    path = Path(out)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-    if (path / SETTINGS).exists():
-        raise ValueError(f"out={str(out)!r} holds a fine-tuned model already: choose another folder")
-    return path
-
-
-def pairs(policy: VLMPolicy, first: int, count: int, say: Callable[[str], None] = lambda line: None) -> Any:
-    """Pairs of a better and a worse answer to the same episode, for DPO, ranked by the environment.
-
-    The model answers each episode ``settings.generations`` times; the answers with the highest and the lowest score
-    are the pair. Where all score the same, the oracle's answer is the better one, unless they are all as good as it.
-
-    Args:
-        policy: the model that answers.
-        first: seed of the first episode; the next ones count on.
-        count: episodes.
-
-    Returns:
-        A data set with ``prompt``, ``image``, ``seed``, ``chosen`` and ``rejected``, one row an episode that has a pair.
-
-    Raises:
-        ValueError: if none has: the model is as good as the oracle.
-    """
-    episodes, n = policy.episodes, policy.settings.generations
-    seeds, chosen, rejected, own = [], [], [], 0
-    size = max(1, policy.batch_size // n)
-    for start in range(first, first + count, size):
-        some = range(start, min(start + size, first + count))
-        many = [seed for seed in some for _ in range(n)]
-        observations = episodes.observe(many)
-        texts = policy.generate(
-            episodes.conversations(observations), episodes.pictures(observations), deterministic=False
-        )
-        scores = episodes.score(many, texts).rewards.reshape(-1, n)
-        best = episodes.oracle(some)
-        perfect = episodes.score(some, best).rewards
-        for i, seed in enumerate(some):
-            high, low = int(scores[i].argmax()), int(scores[i].argmin())
-            tie = scores[i, high] == scores[i, low]
-            if tie and scores[i, high] >= perfect[i]:
-                continue
-            seeds.append(seed)
-            chosen.append(best[i] if tie else texts[i * n + high])
-            rejected.append(texts[i * n + low])
-            own += not tie
-    if not seeds:
-        raise ValueError(f"dpo finds no pair in {count} episodes: every answer is as good as the oracle's")
-    say(f"{len(seeds):,} pairs from {count:,} episodes, {own:,} of them between two answers of the model")
-    return episodes.dataset(seeds, chosen=chosen, rejected=rejected)
-
-
 def load(
     folder: str | os.PathLike[str], device: str = "auto", env_kwargs: Mapping[str, Any] | None = None
 ) -> VLMPolicy:
-    """The agent that :func:`finetune` left in ``folder``.
+    """The agent that :func:`mmenvs_agents.vlm_finetuning.finetune` left in ``folder``.
 
     Args:
         folder: where it was saved.
@@ -453,104 +324,3 @@ def load(
     policy = VLMPolicy(*load_model(str(path), device), settings)
     policy.num_timesteps = steps
     return policy
-
-
-def _arguments(settings: VLMSettings, out: Path, device: str, max_tokens: int) -> dict[str, Any]:
-    """Arguments of TRL's configuration."""
-    on_gpu = device != "cpu"
-    rates = _RATES[settings.algo]
-    arguments: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.batch,
-        "learning_rate": settings.learning_rate or rates[0 if settings.lora else 1],
-        "seed": settings.seed,
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu,
-        "gradient_checkpointing": on_gpu,
-        "logging_steps": max(1, settings.steps // 100),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if settings.algo != "sft" and settings.kl is not None:
-        arguments["beta"] = settings.kl
-    if settings.algo in ("grpo", "rloo"):
-        arguments |= {
-            "num_generations": settings.generations,
-            "max_completion_length": max_tokens,
-            "temperature": settings.temperature,
-        }
-    else:
-        # A cut would tear placeholders of a picture apart.
-        arguments |= {"max_length": None, "remove_unused_columns": False}
-    return {**arguments, **settings.arguments}
-
-
-def _lora(settings: VLMSettings) -> Any:
-    if not settings.lora:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-
-
-def _progress(say: Callable[[str], None]) -> transformers.TrainerCallback:
-    shown = ("loss", "reward", "success", "unparsable", "kl", "mean_token_accuracy", "rewards/accuracies")
-
-    class Progress(transformers.TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            values = [f"{name} {float(logs[name]):.3f}" for name in shown if name in (logs or {})]
-            if values and state.is_world_process_zero:
-                say(f"{state.global_step:,} / {state.max_steps:,}: {', '.join(values)}")
-
-    return Progress()
-
-
-def _document(settings: VLMSettings) -> dict[str, Any]:
-    """What is written about a training; a ``TypeError`` before it, rather than after, if it can't be."""
-    source = settings.env_kwargs.get("source")
-    kept = {
-        key: value for key, value in settings.env_kwargs.items() if key != "source" or isinstance(source, str)
-    }
-    document = {
-        "format": FORMAT,
-        "settings": asdict(replace(settings, env_kwargs=kept, arguments=dict(settings.arguments))),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": require_trl().__version__,
-        },
-    }
-    try:
-        json.dumps(document)
-    except TypeError as error:
-        raise TypeError(f"env_kwargs and arguments must be values that JSON can hold: {error}") from None
-    return document
-
-
-def _save(model: Any, processor: Any, document: dict[str, Any], state: Any, out: Path) -> None:
-    """Write the whole model; its settings last, so that a save that was cut off isn't taken for a model."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, out / file.name)
-    with replacing(out / "log.json") as file:
-        file.write_text(json.dumps(state.log_history, indent=1))
-    with replacing(out / SETTINGS) as file:
-        file.write_text(json.dumps({**document, "steps": state.global_step}, indent=2))
-
-
-def require_trl() -> Any:
-    """TRL, or an ``ImportError`` that says how it is installed."""
-    try:
-        import trl
-    except ImportError as error:
-        raise ImportError(
-            "fine-tuning vision-language models needs TRL: pip install 'mmenvs[vlm]'"
-        ) from error
-    return trl

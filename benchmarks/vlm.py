@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import transformers as hf
 from mmenvs_agents.evaluation import evaluate
-from mmenvs_agents.vlm import VLMSettings, finetune, load
+from mmenvs_agents.vlm import VLMSettings, load
+from mmenvs_agents.vlm_finetuning import finetune
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mmenvs.files import replacing

@@ -50,7 +50,7 @@ def finetune_vlm(
     device: Device = "auto",
 ) -> None:
     """Fine-tune a vision-language model on an environment, and show its success before and after."""
-    agent = agents("vlm")
+    agent, tuning = agents("vlm"), agents("vlm_finetuning")
     with user_errors():
         task_class(id)
         env_kwargs: dict[str, Any] = {"difficulty": parse_difficulty(difficulty)}
@@ -73,8 +73,8 @@ def finetune_vlm(
             arguments={} if vllm is None else serving,
         )
         opened = settings.episodes().env_kwargs
-        agent.require_trl()
-        agent.check_out(out)
+        tuning.require_trl()
+        tuning.check_out(out)
         results: dict[str, Any] = {}
         unparsable: list[str] = []
 
@@ -87,7 +87,7 @@ def finetune_vlm(
 
         if episodes:
             measure("zero-shot", agent.zero_shot(settings, device))
-        finished = agent.finetune(settings, out, device, typer.echo)
+        finished = tuning.finetune(settings, out, device, typer.echo)
     typer.echo(f"saved: {out}")
     if episodes:
         with user_errors():

@@ -23,7 +23,8 @@ pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install 'mmenvs[vl
 import trl
 from mmenvs_agents import vlm
 from mmenvs_agents.evaluation import evaluate
-from mmenvs_agents.vlm import SETTINGS, Unanswered, VLMPolicy, VLMSettings, finetune, load, pairs, zero_shot
+from mmenvs_agents.vlm import SETTINGS, Unanswered, VLMPolicy, VLMSettings, load, zero_shot
+from mmenvs_agents.vlm_finetuning import finetune, pairs
 
 from mmenvs.cli import app
 from mmenvs.integrations.trl import AnswerReader, CaptionReader, TextEpisodes, fold

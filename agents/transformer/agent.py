@@ -28,41 +28,11 @@ from mmenvs.registry import task_class
 from ..sb3 import check_encoders, default_precision
 from . import checkpoint, ppo
 from .callbacks import Callback, Hooks
+from .checkpoint import Settings
 from .model import SIZES, Cache, ModelConfig, TransformerPolicy
 from .rollout import Rollout, as_tensors, collect
 
 Envs = gym.vector.VectorEnv[Any, Any, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that it takes to make an agent again.
-
-    Attributes:
-        id: environment of this suite, or None if the agent was handed a vector environment.
-        seed, env_kwargs: as for :class:`TransformerAgent`.
-        model: size of the transformer.
-        fixed, history: as for :class:`~mmenvs_agents.transformer.model.TransformerPolicy`.
-        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
-        recipe: of PPO.
-        algo: how the command line names this agent.
-    """
-
-    id: str | None
-    seed: int
-    env_kwargs: dict[str, Any]
-    model: ModelConfig
-    fixed: tuple[str, ...]
-    history: tuple[str, ...]
-    encoders: dict[str, str | Pretrained]
-    precision: Precision
-    recipe: ppo.PPORecipe
-    algo: str = checkpoint.KIND
-
-    @property
-    def size(self) -> str | ModelConfig:
-        """The name of ``model`` in ``SIZES``, or itself."""
-        return next((name for name, config in SIZES.items() if config == self.model), self.model)
 
 
 @dataclass

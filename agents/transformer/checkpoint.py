@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,49 @@ from torch import Tensor
 
 import mmenvs
 from mmenvs.checks import integer_in
+from mmenvs.embeddings.extractor import Precision
+from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
+
+from . import ppo
+from .model import SIZES, ModelConfig
 
 FORMAT = 1
 KIND = "transformer"
 SETTINGS = "settings.json"
 COUNTERS = ("steps", "iteration")
 _JSON_LIMIT = 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that it takes to make an agent again.
+
+    Attributes:
+        id: environment of this suite, or None if the agent was handed a vector environment.
+        seed, env_kwargs: as for :class:`~mmenvs_agents.transformer.agent.TransformerAgent`.
+        model: size of the transformer.
+        fixed, history: as for :class:`~mmenvs_agents.transformer.model.TransformerPolicy`.
+        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
+        recipe: of PPO.
+        algo: how the command line names this agent.
+    """
+
+    id: str | None
+    seed: int
+    env_kwargs: dict[str, Any]
+    model: ModelConfig
+    fixed: tuple[str, ...]
+    history: tuple[str, ...]
+    encoders: dict[str, str | Pretrained]
+    precision: Precision
+    recipe: ppo.PPORecipe
+    algo: str = KIND
+
+    @property
+    def size(self) -> str | ModelConfig:
+        """The name of ``model`` in ``SIZES``, or itself."""
+        return next((name for name, config in SIZES.items() if config == self.model), self.model)
 
 
 def write(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmenvs.benchmark import players
-from mmenvs.benchmark.measure import Recorder, space_of, without
+from mmenvs.benchmark.measure import Recorder, score_of, space_of, without
 from mmenvs.benchmark.pool import Tell
 from mmenvs.benchmark.rows import Row, plain
 from mmenvs.benchmark.store import MAIN
@@ -260,13 +260,7 @@ def _score(
         deterministic=deterministic,
         wrap=wrap,
     )
-    return {
-        "return": result.mean_return,
-        "success": result.success.value,
-        "length": result.mean_length,
-        "by_type": {name: rate.value for name, rate in result.by_type.items()},
-        "returns": np.round(result.returns, 6),
-    }
+    return score_of(result)
 
 
 def _without_returns(score: Mapping[str, Any]) -> dict[str, Any]:

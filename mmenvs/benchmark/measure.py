@@ -197,7 +197,11 @@ def _evaluate(agent: Any, run: Mapping[str, Any], split: str, episodes: int, wra
 
 
 def _score(agent: Any, run: Mapping[str, Any], split: str, episodes: int) -> dict[str, Any]:
-    result = _evaluate(agent, run, split, episodes)
+    return score_of(_evaluate(agent, run, split, episodes))
+
+
+def score_of(result: Any) -> dict[str, Any]:
+    """What a row holds of an evaluation (``mmenvs_agents.evaluation.Result``)."""
     return {
         "return": result.mean_return,
         "success": result.success.value,
