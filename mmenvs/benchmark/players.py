@@ -166,7 +166,4 @@ def _recipes() -> tuple[str, ...]:
 
 
 def _transformer() -> Any:
-    try:
-        return importlib.import_module("mmenvs_agents.transformer.agent").TransformerAgent
-    except (ModuleNotFoundError, AttributeError):
-        raise ImportError("agent 'transformer' isn't part of this version of mmenvs_agents") from None
+    return importlib.import_module("mmenvs_agents.transformer.agent").TransformerAgent
