@@ -84,6 +84,14 @@ class ActionHead(nn.Module, ABC):
     def to_env(self, raw: Tensor) -> npt.NDArray[Any]:
         """Raw actions ``(B, A)`` as a vector environment takes them, ``(B, *space.shape)``."""
 
+    def from_env(self, actions: npt.NDArray[Any]) -> Tensor:
+        """The other way round, for demonstrations.
+
+        Raises:
+            TypeError: for a Box, whose bounds no squashed Gaussian reaches.
+        """
+        raise TypeError("demonstrated actions must be Discrete or MultiDiscrete, these are a Box")
+
 
 class Categorical(ActionHead):
     """``Discrete`` and ``MultiDiscrete``: a categorical distribution for each component."""
@@ -128,6 +136,9 @@ class Categorical(ActionHead):
 
     def to_env(self, raw: Tensor) -> npt.NDArray[Any]:
         return (raw.cpu().numpy().reshape(-1, *self.shape) + self.first).astype(self.env_dtype)
+
+    def from_env(self, actions: npt.NDArray[Any]) -> Tensor:
+        return torch.as_tensor(np.asarray(actions, np.int64) - self.first).reshape(-1, self.size)
 
 
 class SquashedGaussian(ActionHead):

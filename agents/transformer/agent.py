@@ -1,10 +1,11 @@
-"""The agent: a transformer policy that learns with PPO, predicts, is saved and goes on as if nothing had happened."""
+"""The agent: a transformer policy that learns, predicts, is saved and goes on as if nothing had happened."""
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.logger import Logger, make_output_format
 from torch import Tensor
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
@@ -26,11 +27,14 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.registry import task_class
 
 from ..sb3 import check_encoders, default_precision
-from . import checkpoint, ppo
+from . import checkpoint
+from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
+from .learning import Anchor, Recipe, log_probs_of
 from .model import SIZES, Cache, ModelConfig, TransformerPolicy
-from .rollout import Rollout, as_tensors, collect
+from .restraints import KL, HackingAlarm, Restraints
+from .rollout import Rollout, as_tensors
 
 Envs = gym.vector.VectorEnv[Any, Any, Any]
 
@@ -44,7 +48,7 @@ class Playing:
 
 
 class TransformerAgent:
-    """A decoder-only multimodal transformer that learns an environment with PPO.
+    """A decoder-only multimodal transformer that learns an environment.
 
     There is no ``fusion`` to choose: the transformer's attention is the fusion.
 
@@ -52,18 +56,25 @@ class TransformerAgent:
         env: id of this suite, or a Gymnasium vector environment with ``SAME_STEP`` autoreset and flat ``Dict``
             observations.
         size: ``"nano"`` (1 million parameters), ``"small"`` (10), ``"base"`` (90), or a
-            :class:`~mmenvs_agents.transformer.model.ModelConfig`.
-        encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`.
+            :class:`~mmenvs_agents.transformer.model.ModelConfig`; None is that of ``init``, or nano.
+        method: ``"ppo"``, one of ``"grpo"``, ``"dr_grpo"``, ``"dapo"``, ``"rloo"``, ``"scst"``, ``"reinforce"``, or
+            ``"dpo"``, or ``"supervised"``, which clones the oracle.
+        encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`;
+            None is those of ``init``, or the defaults.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         seed: of weights, actions and episodes.
         env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``; with an id only.
         precision: ``"float32"`` or ``"bfloat16"``; None is what is fast here.
-        recipe: settings of PPO; None is its defaults.
+        recipe: settings of the method; None is its defaults.
+        restraints: what holds down the unwanted; None is nothing.
+        init: folder of an agent whose policy this one begins with, and is pulled back to if ``restraints`` say so.
         fixed, history: names of observations that don't change within an episode, and that hold the actions so
             far; None takes what the task says, or none.
 
     Attributes:
         policy, optimizer, settings, device: as made.
+        reference: the policy as it was at the start, if something needs it, or None.
+        coefficients: of the pull to it, and the multipliers of limits.
         num_timesteps: steps of the environment learned from.
         iteration: rollouts learned from.
 
@@ -74,23 +85,41 @@ class TransformerAgent:
     def __init__(
         self,
         env: str | Envs,
-        size: str | ModelConfig = "nano",
+        size: str | ModelConfig | None = None,
         *,
+        method: str = "ppo",
         encoders: Mapping[str, str | Pretrained] | None = None,
         device: str = "auto",
         seed: int = 0,
         env_kwargs: Mapping[str, Any] | None = None,
         precision: Precision | None = None,
-        recipe: ppo.PPORecipe | None = None,
+        recipe: Recipe | None = None,
+        restraints: Restraints | None = None,
+        init: str | os.PathLike[str] | None = None,
         fixed: tuple[str, ...] | None = None,
         history: tuple[str, ...] | None = None,
     ) -> None:
         self.device = torch.device(resolve_device(device))
         integer_in("seed", seed, 0, 2**32 - 1)
+        one_of("method", method, tuple(RECIPES))
+        recipe, restraints = recipe or RECIPES[method], restraints or Restraints()
+        if type(recipe) is not type(RECIPES[method]):
+            expected = type(RECIPES[method]).__name__
+            raise TypeError(
+                f"recipe must be a {expected} with method={method!r}, got {type(recipe).__name__}"
+            )
+        if method == SUPERVISED and restraints != Restraints():
+            raise ValueError("restraints are for reinforcement learning, method='supervised' has no reward")
+        started = {} if init is None else _model_settings(init)
+        if init is not None:
+            for name, value in (("size", size), ("encoders", encoders)):
+                if value is not None:
+                    raise ValueError(f"{name} is that of the agent in init={str(init)!r}, got {value!r}")
+            size, encoders = started["model"], started["encoders"]
+        size = size or "nano"
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
         check_encoders(encoders)
-        recipe = recipe or ppo.PPORecipe()
         if isinstance(env, str):
             task_class(env)
             envs: Envs = gym.make_vec(env, num_envs=recipe.num_envs, **(env_kwargs or {}))
@@ -100,6 +129,7 @@ class TransformerAgent:
             envs = env
         _check_envs(envs)
         task = getattr(envs.unwrapped, "task", None)
+        _check_parts((*restraints.penalties, *restraints.limits), task)
         seen: Any = envs.single_observation_space
         self.settings = Settings(
             id=env if isinstance(env, str) else None,
@@ -111,6 +141,8 @@ class TransformerAgent:
             encoders=dict(encoders or {}),
             precision=precision or default_precision(self.device.type),  # type: ignore[arg-type]
             recipe=recipe,
+            method=method,
+            restraints=restraints,
         )
         self.observation_space, self.action_space = seen, envs.single_action_space
         settings = self.settings
@@ -121,6 +153,12 @@ class TransformerAgent:
                 seen, self.action_space, settings.model, settings.fixed, settings.history,
                 settings.encoders, settings.precision,
             ).to(self.device)  # fmt: skip
+        if init is not None:
+            _begin_with(self.policy, init)
+        self.reference = None
+        if restraints.kl or method == "dpo":
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.coefficients = restraints.begin()
         self.optimizer = Muon(self.policy, (self.policy.actor, self.policy.critic), recipe.learning_rate)
         self.num_timesteps = self.iteration = 0
         self.logger = Logger(None, [])
@@ -166,6 +204,7 @@ class TransformerAgent:
         *,
         out: str | os.PathLike[str] | None = None,
         checkpoint_steps: int = 20_000,
+        alarm: HackingAlarm | None = None,
     ) -> TransformerAgent:
         """Learn until ``total_steps`` steps of the environment, earlier ones counted in.
 
@@ -179,6 +218,7 @@ class TransformerAgent:
             progress_bar: show steps, success and speed.
             out: folder for checkpoints, ``progress_<first step>.csv`` and TensorBoard logs; None keeps nothing.
             checkpoint_steps: save about every this many steps, and at the end.
+            alarm: watches a held-out score.
 
         Raises:
             ValueError: if ``total_steps`` are behind it already.
@@ -202,8 +242,11 @@ class TransformerAgent:
             while self._learned < total_steps and not hooks.stop:
                 rollout = self._collect(hooks)
                 whole = False
-                log = self._update(rollout, total_steps)
+                paid = self.settings.restraints.apply(rollout, self.coefficients)
+                log = self._update(paid, total_steps)
                 whole = True
+                if alarm is not None:
+                    log |= alarm(self, paid)
                 hooks.updated(rollout, log)
                 if out is not None and self._learned - saved >= checkpoint_steps:
                     self.save(out)
@@ -219,31 +262,38 @@ class TransformerAgent:
         return self
 
     def _collect(self, hooks: Hooks) -> Rollout:
-        recipe = self.settings.recipe
         hooks.playing()
-        return collect(
+        rollout: Rollout = MODULES[self.settings.method].play(
             self.policy,
             self._envs,
+            self.settings.recipe,
             # Row i of seed s is row i - 1 of seed s + 1: rollouts must not share episodes.
             _word(self.settings.seed, "episodes", self.iteration),
-            recipe.rollout_steps,
             self._generator("actions", self.iteration),
             hooks.stepped,
         )
+        return rollout
 
     def _update(self, rollout: Rollout, total_steps: int) -> dict[str, float]:
-        log = ppo.update(
+        recipe, restraints = self.settings.recipe, self.settings.restraints
+        anchor = None
+        if self.reference is not None:
+            known = log_probs_of(self.reference, rollout.episodes, getattr(recipe, "group", 1))
+            anchor = Anchor(known, self.coefficients[KL])
+        log: dict[str, float] = MODULES[self.settings.method].update(
             self.policy,
             self.optimizer,
             rollout,
-            self.settings.recipe,
+            recipe,
             1 - self._learned / total_steps,
             self._generator("shuffle", self.iteration),
+            anchor,
         )
+        self.coefficients = restraints.adapt(self.coefficients, rollout, log)
         self.iteration += 1
         self._learned += rollout.steps
         self.num_timesteps = self._learned
-        return log
+        return log | restraints.logged(self.coefficients)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(_word(self.settings.seed, purpose, number))
@@ -324,8 +374,11 @@ class TransformerAgent:
         if not isinstance(settings["env_kwargs"].get("source"), str):
             settings["env_kwargs"].pop("source", None)
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
+        if self.reference is not None:
+            tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
         counters = {"steps": self._learned, "iteration": self.iteration}
-        checkpoint.write(folder, settings, counters, tensors | state_tensors(self.optimizer))
+        tensors |= state_tensors(self.optimizer)
+        checkpoint.write(folder, settings, counters, self.coefficients, tensors)
 
     @classmethod
     def load(
@@ -347,16 +400,18 @@ class TransformerAgent:
             FileNotFoundError: if the folder or one of its files is missing.
             ValueError: if the files are damaged, of another format or another kind of agent.
         """
-        settings, counters = checkpoint.read(folder)
+        settings, counters, coefficients = checkpoint.read(folder)
         problem = f"cannot load the agent in {str(folder)!r}: "
         try:
             id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
-            size, recipe = ModelConfig(**settings["model"]), ppo.PPORecipe(**settings["recipe"])
+            size = ModelConfig(**settings["model"])
+            method = one_of("method", settings["method"], tuple(RECIPES))
+            recipe = type(RECIPES[method])(**settings["recipe"])
+            restraints = Restraints(**settings["restraints"])
+            if coefficients.keys() != restraints.begin().keys():
+                raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
             arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
-            encoders = {
-                name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
-                for name, encoder in settings["encoders"].items()
-            }
+            encoders = _encoders_of(settings)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
         if id is None and env is None:
@@ -364,8 +419,8 @@ class TransformerAgent:
         resolve_device(device)
         try:
             agent = cls(
-                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe,
-                env_kwargs=kwargs if env is None else None, **arguments,
+                id if env is None else env, size, method=method, encoders=encoders, device=device, recipe=recipe,
+                restraints=restraints, env_kwargs=kwargs if env is None else None, **arguments,
             )  # fmt: skip
         except (FileNotFoundError, NameNotFound, ImportError):
             raise
@@ -374,18 +429,24 @@ class TransformerAgent:
         agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
         tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
         try:
-            weights = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
-            agent.policy.load_state_dict(weights)
+            agent.policy.load_state_dict(_part(tensors, "policy."))
+            if agent.reference is not None:
+                agent.reference.load_state_dict(_part(tensors, "reference."))
             load_state_tensors(agent.optimizer, tensors)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
         agent.num_timesteps = agent._learned = counters["steps"]
         agent.iteration = counters["iteration"]
+        agent.coefficients = coefficients
         return agent
 
 
 def train(
-    agent: TransformerAgent, total_steps: int, out: str | os.PathLike[str], progress: bool = True
+    agent: TransformerAgent,
+    total_steps: int,
+    out: str | os.PathLike[str],
+    progress: bool = True,
+    alarm: HackingAlarm | None = None,
 ) -> bool:
     """Learn until ``total_steps``; Ctrl-C ends it after the update in hand, with a checkpoint.
 
@@ -401,10 +462,54 @@ def train(
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        agent.learn(total_steps, lambda agent: not asked, progress, out=out)
+        agent.learn(total_steps, lambda agent: not asked, progress, out=out, alarm=alarm)
     finally:
         signal.signal(signal.SIGINT, before)
     return agent.num_timesteps >= total_steps
+
+
+def _model_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Size and encoders of the agent in ``folder``, as the class takes them."""
+    settings, _, _ = checkpoint.read(folder)
+    try:
+        return {"model": ModelConfig(**settings["model"]), "encoders": _encoders_of(settings)}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cannot begin with the agent in {str(folder)!r}: {checkpoint.SETTINGS} is damaged: {error}"
+        ) from error
+
+
+def _encoders_of(settings: Mapping[str, Any]) -> dict[str, str | Pretrained]:
+    return {
+        name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+        for name, encoder in settings["encoders"].items()
+    }
+
+
+def _begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> None:
+    """Load the weights of the policy in ``folder``."""
+    _, counters, _ = checkpoint.read(folder)
+    tensors = checkpoint.read_tensors(folder, counters, str(policy.device))
+    try:
+        policy.load_state_dict(_part(tensors, "policy."))
+    except RuntimeError as error:
+        raise ValueError(
+            f"init={str(folder)!r} must be an agent of this environment's spaces: {error}"
+        ) from error
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _check_parts(parts: Iterable[str], task: Any) -> None:
+    """That restraints name parts of the score; other environments are asked at the first rollout."""
+    if task is not None:
+        known = tuple(name for name, kind in task.info_types.items() if kind is float)
+        for part in parts:
+            if part not in known:
+                allowed = ", ".join(known) or "none"
+                raise ValueError(f"restraints must be on parts of the score ({allowed}), got {part!r}")
 
 
 def _word(seed: int, purpose: str, number: int) -> int:

@@ -72,6 +72,7 @@ class Hooks:
         if rollout.successes is not None:
             self.successes.extend(rollout.successes.tolist())
             means["rollout/success_rate"] = np.mean(self.successes)
+        means |= {f"rollout/{part}": np.mean(scores) for part, scores in rollout.parts.items()}
         speed = (agent.num_timesteps - self.first) / max(time.perf_counter() - self.since, 1e-9)
         means |= {
             "time/fps": speed,

@@ -20,10 +20,11 @@ from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
-from . import ppo
+from .learning import Recipe
 from .model import SIZES, ModelConfig
+from .restraints import Restraints
 
-FORMAT = 1
+FORMAT = 2
 KIND = "transformer"
 SETTINGS = "settings.json"
 COUNTERS = ("steps", "iteration")
@@ -40,7 +41,7 @@ class Settings:
         model: size of the transformer.
         fixed, history: as for :class:`~mmenvs_agents.transformer.model.TransformerPolicy`.
         encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
-        recipe: of PPO.
+        recipe, method, restraints: how it learns.
         algo: how the command line names this agent.
     """
 
@@ -52,7 +53,9 @@ class Settings:
     history: tuple[str, ...]
     encoders: dict[str, str | Pretrained]
     precision: Precision
-    recipe: ppo.PPORecipe
+    recipe: Recipe
+    method: str
+    restraints: Restraints
     algo: str = KIND
 
     @property
@@ -65,6 +68,7 @@ def write(
     folder: str | os.PathLike[str],
     settings: Mapping[str, Any],
     counters: Mapping[str, int],
+    coefficients: Mapping[str, float],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write ``state_STEPS.safetensors``, then ``settings.json``, which names it by its ``steps``.
@@ -77,7 +81,8 @@ def write(
     with replacing(path / state) as file:
         file.write_bytes(serialise(whole, {name: str(counters[name]) for name in COUNTERS}))
     versions = {"mmenvs": mmenvs.__version__, "torch": torch.__version__}
-    document = {"format": FORMAT, "agent": KIND, **counters, "settings": settings, "versions": versions}
+    document = {"format": FORMAT, "agent": KIND, **counters, "coefficients": coefficients}
+    document |= {"settings": settings, "versions": versions}
     text = json.dumps(document, indent=2)
     with replacing(path / SETTINGS) as file:
         file.write_text(text)
@@ -87,8 +92,8 @@ def write(
             old.unlink()
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """The settings and the counters of the checkpoint in ``folder``.
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int], dict[str, float]]:
+    """The settings, the counters and the coefficients of the checkpoint in ``folder``.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -113,8 +118,9 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]
         raise ValueError(f"{problem}{SETTINGS} has format {found!r}, this version reads format {FORMAT}")
     try:
         counters = {name: integer_in(name, document[name], 0, 10**15) for name in COUNTERS}
-        return dict(document["settings"]), counters
-    except (KeyError, TypeError, ValueError) as error:
+        coefficients = {str(name): float(value) for name, value in document["coefficients"].items()}
+        return dict(document["settings"]), counters, coefficients
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{problem}{SETTINGS} is damaged: {error}") from error
 
 

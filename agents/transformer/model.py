@@ -231,30 +231,39 @@ class TransformerPolicy(nn.Module):
     def device(self) -> torch.device:
         return self.start.device
 
-    def forward(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+    def forward(self, episodes: Episodes, group: int = 1) -> tuple[Tensor, Tensor]:
         """Whole episodes in one pass, with gradients.
 
         Args:
             episodes: on the device of the policy.
+            group: how many episodes, one after the other, have the same fixed observations: answers to one
+                prompt. The prompt is read once for all of them, and the answers don't see each other.
 
         Returns:
             Distributions of the actions ``(B, T, K)`` and values ``(B, T)``, both float32; what lies past the
             lengths means nothing.
         """
-        prefix, prefix_valid = self._prefix(episodes.fixed, len(episodes.lengths))
+        batch, time = episodes.valid.shape
+        fixed = {name: x[::group] for name, x in episodes.fixed.items()}
+        prefix, prefix_valid = self._prefix(fixed, batch // group)  # (B / G, P, width)
         first = torch.zeros_like(episodes.valid)
         first[:, 0] = True
         previous = episodes.actions.roll(1, 1)
         # Padding may hold anything, also what is no action.
         previous = torch.where(episodes.valid.unsqueeze(-1) & ~first.unsqueeze(-1), previous, 0)
         steps, steps_valid = self._steps(episodes.steps, previous, first, episodes.valid)
-        x = torch.cat([prefix, steps], 1)
-        valid = torch.cat([prefix_valid, steps_valid], 1)  # (B, P + T S)
+        order = steps_valid.cumsum(1).unflatten(0, (-1, group))  # (B / G, G, T S)
+        order = prefix_valid.sum(1)[:, None, None] + order
+        positions = torch.cat([prefix_valid.cumsum(1), order.flatten(1)], 1).sub(1).clamp(min=0)
+        x = torch.cat([prefix, steps.reshape(-1, group * steps.shape[1], steps.shape[2])], 1)
+        valid = torch.cat([prefix_valid, steps_valid.reshape(-1, group * steps.shape[1])], 1)
+        start = prefix.shape[1]
         place = torch.arange(x.shape[1], device=x.device)
-        seen = place <= place[:, None].clamp(min=prefix.shape[1] - 1)  # (P + T S, P + T S)
-        positions = (valid.cumsum(1) - 1).clamp(min=0)
-        read = slice(prefix.shape[1] + self.step_tokens - 1, None, self.step_tokens)
-        hidden = self._trunk(x, positions, valid[:, None] & seen, read)
+        seen = place <= place[:, None].clamp(min=start - 1)  # (P + G T S, P + G T S)
+        answer = (place - start).div(steps.shape[1], rounding_mode="floor")
+        seen &= (place < start) | (answer == answer[:, None])
+        read = slice(start + self.step_tokens - 1, None, self.step_tokens)
+        hidden = self._trunk(x, positions, valid[:, None] & seen, read).reshape(batch, time, -1)
         return self.actor(hidden, episodes.masks), self._value(hidden)
 
     def cache(self, rows: int, steps: int = 1) -> Cache:

@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import gymnasium as gym
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmenvs.checks import integer_in
-
+from .learning import Anchor, Recipe, descend, divergence
 from .model import TransformerPolicy
-from .rollout import Rollout
-
-_LOGGED = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
-
-
-class NonFiniteGradientError(FloatingPointError):
-    """A gradient holds NaN or infinity; the weights are as they were before it."""
+from .rollout import Rollout, collect
 
 
 @dataclass(frozen=True)
-class PPORecipe:
+class PPORecipe(Recipe):
     """Settings of PPO.
 
     Attributes:
-        num_envs: rows of the vector environment.
         rollout_steps: each row plays whole episodes until it has this many steps or more.
-        epochs: passes over a rollout.
-        minibatches: of whole episodes, in each epoch.
-        accumulate: parts of a minibatch whose gradients are added up, to save memory.
-        learning_rate: at the start, of Adam; Muon's is 20 times that. Both fall linearly to 2 %.
         gamma, gae_lambda: discount and the decay of generalised advantage estimation.
         clip: of the ratio of probabilities.
         value_clip: how far values may move from the old ones in an update; 0 is as far as they like.
         value_coef: weight of the value loss.
         entropy: weight of the entropy at the start; it falls linearly to 0, since a policy without it settles on
             the most frequent answers before it has learned to look, and one with it never settles.
-        target_kl: an update ends once the policy has moved this far, in nats; 0 is never.
-        max_grad_norm: gradients are scaled down to this norm.
     """
 
-    num_envs: int = 128
     rollout_steps: int = 16
-    epochs: int = 2
-    minibatches: int = 16
-    accumulate: int = 1
-    learning_rate: float = 1e-3
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip: float = 0.2
@@ -54,18 +37,6 @@ class PPORecipe:
     value_coef: float = 0.5
     entropy: float = 0.04
     target_kl: float = 0.1
-    max_grad_norm: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("num_envs", "rollout_steps", "epochs", "minibatches", "accumulate"):
-            integer_in(name, getattr(self, name), 1, 2**24)
-        for field in fields(self)[5:]:
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-            high = 1.0 if field.name in ("gamma", "gae_lambda") else 1e6
-            if not 0 <= value <= high:
-                raise ValueError(f"{field.name} must be from 0 to {high:g}, got {value}")
 
 
 def gae(
@@ -117,6 +88,18 @@ def ppo_loss(
     return policy_loss, value_loss
 
 
+def play(
+    policy: TransformerPolicy,
+    envs: gym.vector.VectorEnv[Any, Any, Any],
+    recipe: PPORecipe,
+    seed: int,
+    generator: torch.Generator,
+    on_step: Callable[[int], None] | None = None,
+) -> Rollout:
+    """The next rollout to learn from; arguments as of :func:`~mmenvs_agents.transformer.rollout.collect`."""
+    return collect(policy, envs, seed, recipe.rollout_steps, generator, on_step)
+
+
 def update(
     policy: TransformerPolicy,
     optimizer: torch.optim.Optimizer,
@@ -124,6 +107,7 @@ def update(
     recipe: PPORecipe,
     remaining: float,
     generator: torch.Generator,
+    anchor: Anchor | None = None,
 ) -> dict[str, float]:
     """Learn from a rollout.
 
@@ -133,6 +117,7 @@ def update(
         recipe: settings.
         remaining: share of the training that is left, 1 to 0; sets learning rate and entropy.
         generator: on the CPU; shuffles the episodes.
+        anchor: adds the divergence from a reference to the loss.
 
     Returns:
         Means over the update, by name.
@@ -140,8 +125,6 @@ def update(
     Raises:
         NonFiniteGradientError: names the first parameter it was found in; the weights hold the steps before it.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * max(remaining, 0.02)
     entropy_coef = recipe.entropy * max(remaining, 0.0)
     valid = rollout.episodes.valid
     lengths = rollout.episodes.lengths
@@ -151,74 +134,50 @@ def update(
     targets = advantages + rollout.values
     spread = advantages[valid].std(correction=0)
     advantages = (advantages - advantages[valid].mean()) / (spread + 1e-8)
-    known = torch.stack([rollout.log_probs, advantages, rollout.values, targets], -1)  # (B, T, 4)
+    reference = rollout.log_probs if anchor is None else anchor.log_probs
+    known = torch.stack([rollout.log_probs, advantages, rollout.values, targets, reference], -1)  # (B, T, 5)
 
-    log: defaultdict[str, list[float]] = defaultdict(list)
-    count, updates = len(lengths), 0
-    shuffled = (torch.randperm(count, generator=generator) for _ in range(recipe.epochs))
-    for batch in (part for order in shuffled for part in order.tensor_split(min(recipe.minibatches, count))):
-        optimizer.zero_grad()
-        total, sums = int(lengths[batch].sum()), torch.zeros(len(_LOGGED))
-        for part in batch.tensor_split(min(recipe.accumulate, len(batch))):
-            loss, parts = _part_loss(policy, rollout, part, known, recipe, entropy_coef)
-            (loss / total).backward()
-            sums += parts
-        means = dict(zip(_LOGGED, (sums / total).tolist(), strict=True))
-        for name, value in means.items():
-            log[name].append(value)
-        if recipe.target_kl and means["approx_kl"] > recipe.target_kl:
-            break
-        log["gradient_norm"].append(_clip(policy, recipe.max_grad_norm))
-        optimizer.step()
-        updates += 1
-    optimizer.zero_grad()
+    def loss(rows: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        pull = 0.0 if anchor is None else anchor.coefficient
+        summed, sums = part_loss(policy, rollout, rows, known, recipe, entropy_coef, pull)
+        total = int(lengths[batch].sum())
+        return summed / total, {name: value / total for name, value in sums.items()}
+
+    groups = torch.arange(len(lengths))[:, None]
+    log = descend(policy, optimizer, groups, loss, recipe, remaining, generator)
     left = (targets - rollout.values)[valid].var(correction=0)
     spread = targets[valid].var(correction=0)
-    return {f"train/{name}": sum(values) / len(values) for name, values in log.items()} | {
-        "train/updates": float(updates),
+    return log | {
         "train/explained_variance": float(1 - left / spread) if spread > 0 else 0.0,
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
         "train/entropy_coef": entropy_coef,
     }
 
 
-def _part_loss(
+def part_loss(
     policy: TransformerPolicy,
     rollout: Rollout,
     rows: Tensor,
     known: Tensor,
     recipe: PPORecipe,
     entropy_coef: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of the episodes ``rows``, summed over their steps, and the sums of ``_LOGGED``."""
+    pull: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the episodes ``rows``, summed over their steps, and sums for the log. ``known`` ``(B, T, 5)``
+    holds old log-probabilities, advantages, old values, targets and log-probabilities of the reference."""
     episodes = rollout.episodes.take(rows).to(policy.device)
     valid = episodes.valid
     described, values = policy(episodes)
-    old, advantages, old_values, targets = (
+    old, advantages, old_values, targets, reference = (
         known[rows, : valid.shape[1]].to(policy.device)[valid].unbind(-1)
     )  # (N,) each
     log_probs = policy.actor.log_prob(described[valid], episodes.actions[valid])
     entropy = policy.actor.entropy(described[valid])
     policy_loss, value_loss = ppo_loss(log_probs, old, advantages, values[valid], old_values, targets, recipe)
-    loss = (policy_loss + recipe.value_coef * value_loss - entropy_coef * entropy).sum()
-    with torch.no_grad():
-        change = log_probs - old
-        # Never negative, and less noisy than the mean of -change (Schulman 2020, "Approximating KL divergence").
-        kl = change.exp() - 1 - change
-        outside = (change.exp() - 1).abs() > recipe.clip
-        logged = torch.stack([x.sum() for x in (policy_loss, value_loss, entropy, kl, outside)])
-    return loss, logged.cpu()
-
-
-def _clip(policy: nn.Module, limit: float) -> float:
-    """Scale the gradients down to ``limit``; their norm before."""
-    trained = [(name, p) for name, p in policy.named_parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for _, p in trained if p.grad is not None])
-    if not norm.isfinite():
-        bad = next((name for name, p in trained if p.grad is not None and not p.grad.isfinite().all()), "all")
-        raise NonFiniteGradientError(
-            f"the gradient of {bad} is not finite; the last checkpoint is from before it, "
-            "a lower learning_rate may help"
-        )
-    nn.utils.clip_grads_with_norm_([p for _, p in trained], limit, norm)
-    return float(norm)
+    loss = policy_loss + recipe.value_coef * value_loss - entropy_coef * entropy
+    logged = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    if pull:
+        logged["reference_kl"] = divergence(log_probs, reference)
+        loss = loss + pull * logged["reference_kl"]
+    logged["approx_kl"] = divergence(old, log_probs)
+    logged["clip_fraction"] = ((log_probs - old).exp() - 1).abs().gt(recipe.clip).float()
+    return loss.sum(), {name: value.detach().sum() for name, value in logged.items()}

@@ -29,6 +29,8 @@ class Rollout:
             policy expects at the last observation if it was truncated.
         returns: float64 ``(B,)``, sums of rewards.
         successes: bool ``(B,)`` from ``is_success`` in the infos, or None where there is no such key.
+        parts: ``{name: float64 (B,)}``, the scores that the infos report at the end of an episode.
+        greedy: the same episodes with the most likely actions, for algorithms that ask for it.
     """
 
     episodes: Episodes
@@ -38,6 +40,8 @@ class Rollout:
     bootstrap: Tensor
     returns: npt.NDArray[np.float64]
     successes: npt.NDArray[np.bool_] | None
+    parts: dict[str, npt.NDArray[np.float64]]
+    greedy: Rollout | None = None
 
     @property
     def steps(self) -> int:
@@ -56,8 +60,11 @@ def collect(
     envs: gym.vector.VectorEnv[Any, Any, Any],
     seed: int | list[int],
     steps: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     on_step: Callable[[int], None] | None = None,
+    *,
+    group: int = 1,
+    oracle: bool = False,
 ) -> Rollout:
     """Play whole episodes in every row, until each has ``steps`` steps or more behind it.
 
@@ -70,16 +77,23 @@ def collect(
         envs: resets rows in the same step (``SAME_STEP``).
         seed: row i begins with ``seed + i``, or with ``seed[i]``.
         steps: at least so many in each row.
-        generator: on the CPU; draws the actions.
+        generator: on the CPU; draws the actions. None takes the most likely ones.
         on_step: called after each step with the number of rows it counted in.
+        group: how many rows, one after the other, begin with the same seed: the first step is worked out once for
+            all of them. ``steps`` must be 1, which is one episode a row.
+        oracle: play what the environment's ``oracle_actions()`` say in place of the policy, whose values and
+            log-probabilities are 0 then.
 
     Raises:
         ValueError: if an episode doesn't end, or an action mask allows nothing.
+        TypeError: if the environment has no oracle, or its actions can't be demonstrated.
     """
     n, device = envs.num_envs, policy.device
     names = (*policy.fixed, *policy.changing)
     observation, infos = envs.reset(seed=seed)  # type: ignore[arg-type]
-    cache = policy.cache(n, steps)
+    cache = policy.cache(n // group, steps)
+    repeated = torch.arange(n // group).repeat_interleave(group)
+    guide = _oracle(envs) if oracle else None
     previous = torch.zeros((n, policy.actor.size), dtype=policy.actor.dtype)
     starts, active = np.ones(n, np.bool_), np.ones(n, np.bool_)
     taken, current, age = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
@@ -93,6 +107,7 @@ def collect(
     lengths: list[int] = []
     bootstrap: list[float] = []
     successes: list[bool | None] = []
+    scores: list[dict[str, float]] = []
     time = 0
     while active.any():
         new = np.flatnonzero(starts & active)
@@ -105,17 +120,28 @@ def collect(
         lengths += [0] * len(new)
         bootstrap += [0.0] * len(new)
         successes += [None] * len(new)
+        scores += [{} for _ in new]
 
         masks = _masks(infos, policy, n)
-        described, values = policy.step(
-            cache,
-            as_tensors(observation, names, device),
-            previous.to(device),
-            torch.as_tensor(starts),
-            None if masks is None else masks.to(device),
-        )
-        raw = policy.actor.sample(described.cpu(), generator)
-        log_probs = policy.actor.log_prob(described, raw.to(device))
+        if guide is not None:
+            raw = policy.actor.from_env(guide())
+            log_probs = values = torch.zeros(n)
+        else:
+            # At first the rows of a group hold the same.
+            shared = group if time == 0 else 1
+            some = {name: observation[name][::shared] for name in names}
+            described, values = policy.step(
+                cache,
+                as_tensors(some, names, device),
+                previous[::shared].to(device),
+                torch.as_tensor(starts[::shared]),
+                None if masks is None else masks[::shared].to(device),
+            )
+            if shared > 1:
+                at = repeated.to(device)
+                cache, described, values = cache.take(repeated), described[at], values[at]
+            raw = policy.actor.sample(described.cpu(), generator)
+            log_probs = policy.actor.log_prob(described, raw.to(device))
         for name, kept in changing.items():
             kept.append(observation[name])
         observation, rewards, terminated, truncated, infos = envs.step(policy.actor.to_env(raw))
@@ -134,17 +160,20 @@ def collect(
                 f"an episode has no end after {LONGEST} steps; max_episode_steps can give it one"
             )
         cut = np.flatnonzero(active & truncated & ~terminated)
-        if cut.size:
+        if cut.size and guide is None:
             final = {name: np.stack([infos["final_obs"][row][name] for row in cut]) for name in names}
             at, going_on = torch.as_tensor(cut), torch.zeros(len(cut), dtype=torch.bool)
             last = as_tensors(final, names, device)
             after = policy.step(cache.take(at), last, raw[at].to(device), going_on)[1]
             for row, value in zip(cut, after.tolist(), strict=True):
                 bootstrap[current[row]] = value
-        told: Any = infos.get("final_info", {}).get("is_success")
+        last_info: dict[str, Any] = infos.get("final_info", {})
+        told = last_info.get("is_success")
+        reported = {k: v for k, v in last_info.items() if getattr(v, "dtype", np.dtype(int)).kind == "f"}
         for row in np.flatnonzero(active & ended):
             lengths[current[row]] = int(age[row])
             successes[current[row]] = None if told is None else bool(told[row])
+            scores[current[row]] = {name: float(value[row]) for name, value in reported.items()}
         if on_step is not None:
             on_step(int(active.sum()))
         active &= ~(ended & (taken >= steps))
@@ -168,7 +197,17 @@ def collect(
         torch.tensor(bootstrap),
         paid.double().sum(1).numpy(),
         None if None in successes else np.array(successes),
+        {name: np.array([each.get(name, np.nan) for each in scores]) for name in scores[0]},
     )
+
+
+def _oracle(envs: gym.vector.VectorEnv[Any, Any, Any]) -> Callable[[], npt.NDArray[Any]]:
+    guide = getattr(envs.unwrapped, "oracle_actions", None)
+    if guide is None:
+        raise TypeError(
+            f"env must have oracle_actions() to be demonstrated, as those of this suite, got {envs.unwrapped}"
+        )
+    return guide
 
 
 def _masks(infos: Mapping[str, Any], policy: TransformerPolicy, rows: int) -> Tensor | None:
