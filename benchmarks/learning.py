@@ -52,6 +52,10 @@ for _short, _id, _difficulty in (("vqa", VQA, 1), ("matching", MATCHING, 0), ("c
 _SHAPES = {"image": "shapes", "question": "shapes"}
 for _fusion in MISSION:
     RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 70_000, {"fusion": _fusion})
+    _heard = {"audio": "shapes", "images": "shapes"}
+    RUNS[f"matching-shapes-{_fusion}"] = Run(
+        MATCHING, 0, "ppo", 70_000, {"fusion": _fusion, "encoders": _heard}
+    )
     # From pixels level 1 takes too long for a CPU; so the pretrained embedding that ships sees and reads.
     _steps = 1_000_000 if _fusion == "concat" else 400_000
     RUNS[f"vqa-shapes-{_fusion}"] = Run(VQA, 1, "ppo", _steps, {"fusion": _fusion, "encoders": _SHAPES})
