@@ -303,7 +303,8 @@ class TransformerPolicy(nn.Module):
             rows = (starts == begins).nonzero().squeeze(1)
             if len(rows):
                 at = rows.to(self.device)
-                part = {name: observation[name][at] for name in (*self.fixed, *self.changing)}
+                names = (*self.fixed, *self.changing) if begins else self.changing
+                part = {name: observation[name][at] for name in names}
                 hidden[at] = self._advance(cache, part, previous[at], rows, begins)
         return self.actor(hidden, masks), self._value(hidden)
 
