@@ -165,6 +165,15 @@ def train(
         str | None,
         typer.Option(help="Of the transformer: nano (default, 1 million parameters), small, base."),
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hugging Face name of a causal language model as the transformer's trunk."
+        ),
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=0, help="Rank of adapters of the backbone; 0 (default) trains it all.")
+    ] = None,
     fusion: Annotated[
         str | None,
         typer.Option(
@@ -206,6 +215,9 @@ def train(
             asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
             saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
             saved["num_envs"] = model.n_envs
+            trunk = getattr(model.settings, "backbone", None)
+            asked |= {"backbone": backbone, "lora": lora}
+            saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
             for name, value in asked.items():
                 if value not in (None, saved[name]):
                     raise ValueError(f"{name} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}")
@@ -224,6 +236,8 @@ def train(
                 source,
                 fusion=fusion,
                 size=size,
+                backbone=backbone,
+                lora=lora,
                 device=device,
                 seed=seed or 0,
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
@@ -320,6 +334,8 @@ def make_agent(
     fusion: str | None,
     size: str | None,
     num_envs: int | None,
+    backbone: str | None = None,
+    lora: int | None = None,
     **arguments: Any,
 ) -> Any:
     """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
@@ -331,12 +347,16 @@ def make_agent(
             raise ValueError(
                 f"fusion is the transformer's own attention with --agent transformer, got {fusion!r}"
             )
+        if backbone is not None and size is not None:
+            raise ValueError(f"size is the backbone's own with --backbone, got {size!r}")
         ppo, module = agents("transformer.ppo"), agents("transformer.agent")
         recipe = ppo.PPORecipe(**({} if num_envs is None else {"num_envs": num_envs}))
+        arguments |= {"backbone": backbone, "lora": lora or 0}
         model = module.TransformerAgent(id, size or "nano", recipe=recipe, **arguments)
     else:
-        if size is not None:
-            raise ValueError(f"size is of --agent transformer, got {size!r} with {algo!r}")
+        for name, value in {"size": size, "backbone": backbone, "lora": lora}.items():
+            if value is not None:
+                raise ValueError(f"{name} is of --agent transformer, got {value!r} with {algo!r}")
         sb3 = agents("sb3")
         if num_envs is not None:
             arguments["num_envs"] = num_envs

@@ -29,7 +29,7 @@ from ..sb3 import check_encoders, default_precision
 from . import checkpoint, ppo
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
-from .model import SIZES, Cache, ModelConfig, TransformerPolicy
+from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
 from .rollout import Rollout, as_tensors, collect
 
 Envs = gym.vector.VectorEnv[Any, Any, Any]
@@ -61,6 +61,9 @@ class TransformerAgent:
         recipe: settings of PPO; None is its defaults.
         fixed, history: names of observations that don't change within an episode, and that hold the actions so
             far; None takes what the task says, or none.
+        backbone: a causal language model of Hugging Face in the trunk's place, by name, folder or
+            :class:`~mmenvs_agents.transformer.model.Backbone`; of ``size`` only ``token_width`` counts then.
+        lora: rank of the adapters that train in the backbone's place; 0 trains all its weights.
 
     Attributes:
         policy, optimizer, settings, device: as made.
@@ -84,12 +87,20 @@ class TransformerAgent:
         recipe: ppo.PPORecipe | None = None,
         fixed: tuple[str, ...] | None = None,
         history: tuple[str, ...] | None = None,
+        backbone: str | Backbone | None = None,
+        lora: int = 0,
     ) -> None:
         self.device = torch.device(resolve_device(device))
         integer_in("seed", seed, 0, 2**32 - 1)
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
         check_encoders(encoders)
+        if lora and (backbone is None or isinstance(backbone, Backbone)):
+            raise ValueError(
+                f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}"
+            )
+        if backbone is not None and not isinstance(backbone, Backbone):
+            backbone = Backbone(backbone, lora)
         recipe = recipe or ppo.PPORecipe()
         if isinstance(env, str):
             task_class(env)
@@ -111,6 +122,7 @@ class TransformerAgent:
             encoders=dict(encoders or {}),
             precision=precision or default_precision(self.device.type),  # type: ignore[arg-type]
             recipe=recipe,
+            backbone=backbone,
         )
         self.observation_space, self.action_space = seen, envs.single_action_space
         settings = self.settings
@@ -119,9 +131,16 @@ class TransformerAgent:
             torch.manual_seed(seed)
             self.policy = TransformerPolicy(
                 seen, self.action_space, settings.model, settings.fixed, settings.history,
-                settings.encoders, settings.precision,
+                settings.encoders, settings.precision, settings.backbone,
             ).to(self.device)  # fmt: skip
-        self.optimizer = Muon(self.policy, (self.policy.actor, self.policy.critic), recipe.learning_rate)
+        trunk, heads = self.policy.backbone, (self.policy.actor, self.policy.critic)
+        if trunk is None:
+            self.optimizer = Muon(self.policy, heads, recipe.learning_rate)
+        else:
+            self.settings = replace(settings, backbone=trunk.chosen)
+            self.optimizer = Muon(
+                self.policy, heads, recipe.learning_rate, pretrained=trunk.model, scale=trunk.scale
+            )
         self.num_timesteps = self.iteration = 0
         self.logger = Logger(None, [])
         # Steps behind the weights; num_timesteps also counts those of a rollout that is being played.
@@ -357,6 +376,8 @@ class TransformerAgent:
                 name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
                 for name, encoder in settings["encoders"].items()
             }
+            found = settings.get("backbone")
+            backbone = None if found is None else Backbone(**found)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
         if id is None and env is None:
@@ -364,7 +385,7 @@ class TransformerAgent:
         resolve_device(device)
         try:
             agent = cls(
-                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe,
+                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe, backbone=backbone,
                 env_kwargs=kwargs if env is None else None, **arguments,
             )  # fmt: skip
         except (FileNotFoundError, NameNotFound, ImportError):

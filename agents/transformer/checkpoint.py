@@ -21,7 +21,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from . import ppo
-from .model import SIZES, ModelConfig
+from .model import SIZES, Backbone, ModelConfig
 
 FORMAT = 1
 KIND = "transformer"
@@ -42,6 +42,7 @@ class Settings:
         encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
         recipe: of PPO.
         algo: how the command line names this agent.
+        backbone: language model in the trunk's place, with its configuration.
     """
 
     id: str | None
@@ -54,6 +55,7 @@ class Settings:
     precision: Precision
     recipe: ppo.PPORecipe
     algo: str = KIND
+    backbone: Backbone | None = None
 
     @property
     def size(self) -> str | ModelConfig:
