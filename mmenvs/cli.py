@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -245,13 +246,15 @@ def train(
                 num_envs=num_envs,
             )
             out.mkdir(parents=True, exist_ok=True)
-    typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
+    with user_errors():
+        say = spokesman(model)
+    say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finished = agents("transformer.agent" if is_transformer(model) else "sb3").train(model, total, out)
-    typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
+    say(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
-        typer.echo("stopped early; --resume goes on")
+        say("stopped early; --resume goes on")
         raise typer.Exit(130)
-    typer.echo(f"next: mmenvs evaluate {out}")
+    say(f"next: mmenvs evaluate {out}")
 
 
 @app.command()
@@ -369,6 +372,15 @@ def make_agent(
 def is_transformer(model: Any) -> bool:
     """Whether an agent is our own, or one of Stable-Baselines3."""
     return model.settings.algo == TRANSFORMER
+
+
+def spokesman(model: Any) -> Callable[[str], None]:
+    """What prints a line, in the first of the processes that train together."""
+    if is_transformer(model):
+        return typer.echo if model.devices.main else lambda line: None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"several processes are for --agent transformer, got {model.settings.algo!r}")
+    return typer.echo
 
 
 def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:

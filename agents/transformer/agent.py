@@ -29,6 +29,7 @@ from ..sb3 import check_encoders, default_precision
 from . import checkpoint, ppo
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
+from .devices import Devices
 from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
 from .rollout import Rollout, as_tensors, collect
 
@@ -54,7 +55,8 @@ class TransformerAgent:
         size: ``"nano"`` (1 million parameters), ``"small"`` (10), ``"base"`` (90), or a
             :class:`~mmenvs_agents.transformer.model.ModelConfig`.
         encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Under ``accelerate launch`` each process makes the same agent, has
+            its own device and plays its share of the rows; a vector environment is the share of its process.
         seed: of weights, actions and episodes.
         env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``; with an id only.
         precision: ``"float32"`` or ``"bfloat16"``; None is what is fast here.
@@ -67,6 +69,7 @@ class TransformerAgent:
 
     Attributes:
         policy, optimizer, settings, device: as made.
+        devices: the processes that learn together.
         num_timesteps: steps of the environment learned from.
         iteration: rollouts learned from.
 
@@ -90,7 +93,8 @@ class TransformerAgent:
         backbone: str | Backbone | None = None,
         lora: int = 0,
     ) -> None:
-        self.device = torch.device(resolve_device(device))
+        self.devices = Devices(device)
+        self.device = self.devices.device
         integer_in("seed", seed, 0, 2**32 - 1)
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
@@ -104,7 +108,7 @@ class TransformerAgent:
         recipe = recipe or ppo.PPORecipe()
         if isinstance(env, str):
             task_class(env)
-            envs: Envs = gym.make_vec(env, num_envs=recipe.num_envs, **(env_kwargs or {}))
+            envs: Envs = gym.make_vec(env, num_envs=self.devices.share(recipe.num_envs), **(env_kwargs or {}))
         elif env_kwargs:
             raise ValueError(f"env_kwargs go with an id; env is made already, got {env_kwargs!r}")
         else:
@@ -150,7 +154,8 @@ class TransformerAgent:
 
     @property
     def n_envs(self) -> int:
-        return self._envs.num_envs
+        """Rows of all processes together."""
+        return self._envs.num_envs * self.devices.count
 
     def get_env(self) -> Envs:
         """The vector environment it learns on."""
@@ -205,6 +210,8 @@ class TransformerAgent:
         """
         integer_in("total_steps", total_steps, 1, 10**15)
         integer_in("checkpoint_steps", checkpoint_steps, 1, 10**15)
+        if not self.devices.main:
+            out = None
         if total_steps <= self.num_timesteps:
             raise ValueError(
                 f"total_steps must be over the {self.num_timesteps} already done, got {total_steps}"
@@ -235,18 +242,19 @@ class TransformerAgent:
             hooks.end()
             self.logger.close()
             self.logger = Logger(None, [])
+        self.devices.wait()  # for the checkpoint
         return self
 
     def _collect(self, hooks: Hooks) -> Rollout:
-        recipe = self.settings.recipe
+        recipe, rank = self.settings.recipe, self.devices.rank
         hooks.playing()
         return collect(
             self.policy,
             self._envs,
             # Row i of seed s is row i - 1 of seed s + 1: rollouts must not share episodes.
-            _word(self.settings.seed, "episodes", self.iteration),
+            _word(self.settings.seed, "episodes", self.iteration) + rank * self._envs.num_envs,
             recipe.rollout_steps,
-            self._generator("actions", self.iteration),
+            self._generator(f"actions {rank}" if rank else "actions", self.iteration),
             hooks.stepped,
         )
 
@@ -258,9 +266,10 @@ class TransformerAgent:
             self.settings.recipe,
             1 - self._learned / total_steps,
             self._generator("shuffle", self.iteration),
+            self.devices,
         )
         self.iteration += 1
-        self._learned += rollout.steps
+        self._learned += int(self.devices.total(torch.tensor(rollout.steps)))
         self.num_timesteps = self._learned
         return log
 

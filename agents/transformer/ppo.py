@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmenvs.checks import integer_in
 
+from .devices import ALONE, Devices
 from .model import TransformerPolicy
 from .rollout import Rollout
 
@@ -25,7 +26,7 @@ class PPORecipe:
     """Settings of PPO.
 
     Attributes:
-        num_envs: rows of the vector environment.
+        num_envs: rows of the vector environment, of all processes together.
         rollout_steps: each row plays whole episodes until it has this many steps or more.
         epochs: passes over a rollout.
         minibatches: of whole episodes, in each epoch.
@@ -124,6 +125,7 @@ def update(
     recipe: PPORecipe,
     remaining: float,
     generator: torch.Generator,
+    devices: Devices = ALONE,
 ) -> dict[str, float]:
     """Learn from a rollout.
 
@@ -133,6 +135,7 @@ def update(
         recipe: settings.
         remaining: share of the training that is left, 1 to 0; sets learning rate and entropy.
         generator: on the CPU; shuffles the episodes.
+        devices: the processes that learn together, each from its own rollout.
 
     Returns:
         Means over the update, by name.
@@ -149,34 +152,36 @@ def update(
         rollout.rewards, rollout.values, lengths, rollout.bootstrap, recipe.gamma, recipe.gae_lambda
     )
     targets = advantages + rollout.values
-    spread = advantages[valid].std(correction=0)
-    advantages = (advantages - advantages[valid].mean()) / (spread + 1e-8)
+    mean, variance = devices.moments(advantages[valid])
+    advantages = (advantages - mean) / (variance**0.5 + 1e-8)
     known = torch.stack([rollout.log_probs, advantages, rollout.values, targets], -1)  # (B, T, 4)
 
     log: defaultdict[str, list[float]] = defaultdict(list)
     count, updates = len(lengths), 0
+    minibatches = min(recipe.minibatches, devices.least(count))
     shuffled = (torch.randperm(count, generator=generator) for _ in range(recipe.epochs))
-    for batch in (part for order in shuffled for part in order.tensor_split(min(recipe.minibatches, count))):
+    for batch in (part for order in shuffled for part in order.tensor_split(minibatches)):
         optimizer.zero_grad()
-        total, sums = int(lengths[batch].sum()), torch.zeros(len(_LOGGED))
+        total, sums = int(devices.total(lengths[batch].sum())), torch.zeros(len(_LOGGED))
         for part in batch.tensor_split(min(recipe.accumulate, len(batch))):
             loss, parts = _part_loss(policy, rollout, part, known, recipe, entropy_coef)
             (loss / total).backward()
             sums += parts
-        means = dict(zip(_LOGGED, (sums / total).tolist(), strict=True))
+        means = dict(zip(_LOGGED, (devices.total(sums) / total).tolist(), strict=True))
         for name, value in means.items():
             log[name].append(value)
         if recipe.target_kl and means["approx_kl"] > recipe.target_kl:
             break
+        devices.sum_gradients(policy)
         log["gradient_norm"].append(_clip(policy, recipe.max_grad_norm))
         optimizer.step()
         updates += 1
     optimizer.zero_grad()
-    left = (targets - rollout.values)[valid].var(correction=0)
-    spread = targets[valid].var(correction=0)
+    left = devices.moments((targets - rollout.values)[valid])[1]
+    spread = devices.moments(targets[valid])[1]
     return {f"train/{name}": sum(values) / len(values) for name, values in log.items()} | {
         "train/updates": float(updates),
-        "train/explained_variance": float(1 - left / spread) if spread > 0 else 0.0,
+        "train/explained_variance": 1 - left / spread if spread > 0 else 0.0,
         "train/learning_rate": optimizer.param_groups[0]["lr"],
         "train/entropy_coef": entropy_coef,
     }
