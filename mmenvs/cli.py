@@ -198,6 +198,14 @@ def train(
     difficulty: Annotated[str | None, typer.Option(help="0 (default) to 3.")] = None,
     split: Annotated[str | None, typer.Option(help="train (default), val, test or compositional.")] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
+    curriculum: Annotated[
+        bool,
+        typer.Option(help="Of the transformer: begin at difficulty 0, rise to --difficulty as it succeeds."),
+    ] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the transformer's updates.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default is what is fast on the device.")
+    ] = None,
     source: Source = None,
     resume: Annotated[bool, typer.Option(help="Go on with the agent in --out, with its settings.")] = False,
 ) -> None:
@@ -210,12 +218,14 @@ def train(
         if resume:
             if encoder is not None:
                 raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
-            model, kwargs = load_agent(out, device, source)
+            model, kwargs = load_agent(out, device, source, compile)
             asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
+            asked |= {"precision": precision, "curriculum": curriculum or None}
             saved = {name: getattr(model.settings, name, None) for name in asked}
             asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
             saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
             saved["num_envs"] = model.n_envs
+            saved["curriculum"] = getattr(model.settings, "curriculum", None) is not None
             trunk = getattr(model.settings, "backbone", None)
             asked |= {"backbone": backbone, "lora": lora}
             saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
@@ -239,6 +249,9 @@ def train(
                 size=size,
                 backbone=backbone,
                 lora=lora,
+                compile=compile,
+                curriculum=curriculum,
+                precision=precision,
                 device=device,
                 seed=seed or 0,
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
@@ -339,6 +352,8 @@ def make_agent(
     num_envs: int | None,
     backbone: str | None = None,
     lora: int | None = None,
+    compile: bool = False,
+    curriculum: bool = False,
     **arguments: Any,
 ) -> Any:
     """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
@@ -354,10 +369,18 @@ def make_agent(
             raise ValueError(f"size is the backbone's own with --backbone, got {size!r}")
         ppo, module = agents("transformer.ppo"), agents("transformer.agent")
         recipe = ppo.PPORecipe(**({} if num_envs is None else {"num_envs": num_envs}))
-        arguments |= {"backbone": backbone, "lora": lora or 0}
+        arguments |= {"backbone": backbone, "lora": lora or 0, "compile": compile}
+        if curriculum:
+            arguments["curriculum"] = agents("curriculum").Curriculum(env_kwargs["difficulty"])
         model = module.TransformerAgent(id, size or "nano", recipe=recipe, **arguments)
     else:
-        for name, value in {"size": size, "backbone": backbone, "lora": lora}.items():
+        for name, value in {
+            "size": size,
+            "backbone": backbone,
+            "lora": lora,
+            "compile": compile or None,
+            "curriculum": curriculum or None,
+        }.items():
             if value is not None:
                 raise ValueError(f"{name} is of --agent transformer, got {value!r} with {algo!r}")
         sb3 = agents("sb3")
@@ -393,13 +416,16 @@ def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
     return encoders_named(encoder, space)
 
 
-def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
+def load_agent(
+    folder: Path, device: str, source: str | None, compile: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The agent that ``train`` left in ``folder``, and the arguments of its environment.
 
     Args:
         folder: where it was saved.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         source: real data to use in place of those it was trained on.
+        compile: of a transformer.
     """
     sb3 = agents("sb3")
     try:
@@ -413,8 +439,10 @@ def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict
     reader = {} if text is None else {"source": open_source(text, id)}
     if kind == TRANSFORMER:
         load = agents("transformer.agent").TransformerAgent.load
-        model = load(folder, device=device, env_kwargs=reader)
+        model = load(folder, device=device, env_kwargs=reader, compile=compile)
     else:
+        if compile:
+            raise ValueError(f"compile is of --agent transformer, got it with {settings['algo']!r}")
         model = sb3.load(folder, device, reader)
     model.settings = replace(model.settings, env_kwargs=saved)
     return model, {**saved, **reader}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +19,14 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.logger import Logger, make_output_format
 from torch import Tensor
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import check_flag, integer_in
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.registry import task_class
 
+from ..curriculum import Curriculum, Progress
 from ..sb3 import check_encoders, default_precision
 from . import checkpoint, ppo
 from .callbacks import Callback, Hooks
@@ -66,10 +68,14 @@ class TransformerAgent:
         backbone: a causal language model of Hugging Face in the trunk's place, by name, folder or
             :class:`~mmenvs_agents.transformer.model.Backbone`; of ``size`` only ``token_width`` counts then.
         lora: rank of the adapters that train in the backbone's place; 0 trains all its weights.
+        curriculum: begin at difficulty 0 and rise to that in ``env_kwargs``, which is ``curriculum.last``; with an id only.
+        compile: ``torch.compile`` the trunk in updates, on CUDA, or on a CPU with a C++ compiler. It takes a minute, and a
+            checkpoint doesn't remember it.
 
     Attributes:
         policy, optimizer, settings, device: as made.
         devices: the processes that learn together.
+        progress: in the curriculum.
         num_timesteps: steps of the environment learned from.
         iteration: rollouts learned from.
 
@@ -92,6 +98,8 @@ class TransformerAgent:
         history: tuple[str, ...] | None = None,
         backbone: str | Backbone | None = None,
         lora: int = 0,
+        curriculum: Curriculum | None = None,
+        compile: bool = False,
     ) -> None:
         self.devices = Devices(device)
         self.device = self.devices.device
@@ -105,6 +113,11 @@ class TransformerAgent:
             )
         if backbone is not None and not isinstance(backbone, Backbone):
             backbone = Backbone(backbone, lora)
+        _check_compile(compile, self.device)
+        if curriculum is not None:
+            if not isinstance(env, str):
+                raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
+            env_kwargs = {**(env_kwargs or {}), "difficulty": curriculum.last}
         recipe = recipe or ppo.PPORecipe()
         if isinstance(env, str):
             task_class(env)
@@ -127,6 +140,7 @@ class TransformerAgent:
             precision=precision or default_precision(self.device.type),  # type: ignore[arg-type]
             recipe=recipe,
             backbone=backbone,
+            curriculum=curriculum,
         )
         self.observation_space, self.action_space = seen, envs.single_action_space
         settings = self.settings
@@ -145,11 +159,17 @@ class TransformerAgent:
             self.optimizer = Muon(
                 self.policy, heads, recipe.learning_rate, pretrained=trunk.model, scale=trunk.scale
             )
+        if compile:
+            self.policy.compile_trunk()
         self.num_timesteps = self.iteration = 0
         self.logger = Logger(None, [])
         # Steps behind the weights; num_timesteps also counts those of a rollout that is being played.
         self._learned = 0
+        self.progress = Progress()
         self._envs = envs
+        if curriculum is not None:
+            curriculum.check(str(env), self.settings.env_kwargs, (*self.policy.fixed, *self.policy.changing))
+            self._face(0)
         self._predicting = self._generator("predict", 0)
 
     @property
@@ -169,10 +189,12 @@ class TransformerAgent:
             ValueError: if its spaces or its autoreset differ.
         """
         _check_envs(env)
-        if env.single_observation_space != self.observation_space:
-            raise ValueError(
-                f"env must have the observation space {self.observation_space}, got {env.single_observation_space}"
-            )
+        seen: Any = env.single_observation_space
+        for name in (*self.policy.fixed, *self.policy.changing):
+            if name not in seen.spaces or seen[name] != self.observation_space[name]:
+                raise ValueError(
+                    f"env must have the observation space {self.observation_space}, got {env.single_observation_space}"
+                )
         if env.single_action_space != self.action_space:
             raise ValueError(
                 f"env must have the action space {self.action_space}, got {env.single_action_space}"
@@ -229,6 +251,7 @@ class TransformerAgent:
                 rollout = self._collect(hooks)
                 whole = False
                 log = self._update(rollout, total_steps)
+                log |= self._judged(rollout, hooks)
                 whole = True
                 hooks.updated(rollout, log)
                 if out is not None and self._learned - saved >= checkpoint_steps:
@@ -272,6 +295,29 @@ class TransformerAgent:
         self._learned += int(self.devices.total(torch.tensor(rollout.steps)))
         self.num_timesteps = self._learned
         return log
+
+    def _judged(self, rollout: Rollout, hooks: Hooks) -> dict[str, float]:
+        """What is logged of the curriculum, once the rollout's episodes have been counted in."""
+        curriculum = self.settings.curriculum
+        if curriculum is None:
+            return {}
+        if rollout.successes is None:
+            raise ValueError(f"a curriculum needs is_success in the infos, {self.settings.id} has none")
+        counted = torch.tensor([len(rollout.successes), int(rollout.successes.sum())])
+        rate = self.progress.count(curriculum, *self.devices.total(counted).tolist())
+        if rate is not None:
+            self._face(self.progress.level)
+            hooks.say(
+                f"difficulty {self.progress.level} after {self._learned:,} steps, at success {rate:.3f}"
+            )
+        return {"curriculum/difficulty": self.progress.level}
+
+    def _face(self, level: int) -> None:
+        """Learn on episodes of another difficulty from now on."""
+        kwargs = {**self.settings.env_kwargs, "difficulty": level}
+        rows = self._envs.num_envs
+        self._envs.close()
+        self._envs = gym.make_vec(str(self.settings.id), num_envs=rows, **kwargs)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(_word(self.settings.seed, purpose, number))
@@ -352,7 +398,7 @@ class TransformerAgent:
         if not isinstance(settings["env_kwargs"].get("source"), str):
             settings["env_kwargs"].pop("source", None)
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
-        counters = {"steps": self._learned, "iteration": self.iteration}
+        counters = {"steps": self._learned, "iteration": self.iteration, **asdict(self.progress)}
         checkpoint.write(folder, settings, counters, tensors | state_tensors(self.optimizer))
 
     @classmethod
@@ -362,13 +408,14 @@ class TransformerAgent:
         env: Envs | None = None,
         device: str = "auto",
         env_kwargs: Mapping[str, Any] | None = None,
+        compile: bool = False,
     ) -> TransformerAgent:
         """The agent that :meth:`save` wrote, ready to predict or to learn on.
 
         Args:
             folder: where it was saved.
             env: vector environment, for an agent that was not made from an id.
-            device: as for the class.
+            device, compile: as for the class.
             env_kwargs: takes the place of single saved arguments of the environment.
 
         Raises:
@@ -387,14 +434,19 @@ class TransformerAgent:
             }
             found = settings.get("backbone")
             backbone = None if found is None else Backbone(**found)
+            found = settings.get("curriculum")
+            curriculum = None if found is None or env is not None else Curriculum(**found)
+            progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
+            if curriculum is not None:
+                integer_in("level", progress.level, 0, curriculum.last)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
         if id is None and env is None:
             raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
-        resolve_device(device)
+        _check_compile(compile, torch.device(resolve_device(device)))
         try:
             agent = cls(
-                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe, backbone=backbone,
+                id if env is None else env, size, encoders=encoders, device=device, recipe=recipe, backbone=backbone, compile=compile, curriculum=curriculum,
                 env_kwargs=kwargs if env is None else None, **arguments,
             )  # fmt: skip
         except (FileNotFoundError, NameNotFound, ImportError):
@@ -410,7 +462,9 @@ class TransformerAgent:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
         agent.num_timesteps = agent._learned = counters["steps"]
-        agent.iteration = counters["iteration"]
+        agent.iteration, agent.progress = counters["iteration"], progress
+        if curriculum is not None:
+            agent._face(progress.level)
         return agent
 
 
@@ -441,6 +495,17 @@ def _word(seed: int, purpose: str, number: int) -> int:
     """A seed of 63 bits for one purpose of one rollout."""
     entropy = [seed, number, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_compile(compile: Any, device: torch.device) -> None:
+    if (
+        check_flag("compile", compile)
+        and device.type == "cpu"
+        and not shutil.which(os.environ.get("CXX", "g++"))
+    ):
+        raise ValueError(
+            "compile=True needs a C++ compiler on a CPU, and g++ isn't found; CXX can name another"
+        )
 
 
 def _check_envs(envs: Any) -> None:

@@ -93,6 +93,11 @@ class Hooks:
             self.stop = True
         self.stop = agent.devices.any(self.stop)
 
+    def say(self, line: str) -> None:
+        """Print a line above the bar, where there is one."""
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False)
+
     def end(self) -> None:
         if self.theirs is not None:
             self.theirs.on_training_end()

@@ -22,7 +22,7 @@ Three calls, and all that an algorithm needs::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -193,9 +193,6 @@ class TransformerPolicy(nn.Module):
         backbone: the :class:`~mmenvs_agents.transformer.backbone.BackboneTrunk`, or None with ``blocks`` and ``norm``.
         prefix_tokens, step_tokens: P and S of the module's page, with padding.
 
-    ``torch.compile`` or a wrapper for several devices takes the place of the policy in the update, which calls
-    it and nothing else of it.
-
     Raises:
         ValueError, TypeError, FileNotFoundError, ImportError: spaces, names, encoders or a backbone that don't fit.
     """
@@ -255,6 +252,8 @@ class TransformerPolicy(nn.Module):
         size = config.width // config.heads
         turns = float(config.rope_base) ** (-torch.arange(0, size, 2) / size)
         self.register_buffer("turns", turns, persistent=False)
+        # Unbound, so that a copy of the policy runs its own weights.
+        self._whole: Callable[..., Tensor] = TransformerPolicy._trunk
 
     @property
     def device(self) -> torch.device:
@@ -283,8 +282,12 @@ class TransformerPolicy(nn.Module):
         seen = place <= place[:, None].clamp(min=prefix.shape[1] - 1)  # (P + T S, P + T S)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
         read = slice(prefix.shape[1] + self.step_tokens - 1, None, self.step_tokens)
-        hidden = self._trunk(x, positions, valid[:, None] & seen, read)
+        hidden = self._whole(self, x, positions, valid[:, None] & seen, read)
         return self.actor(hidden, episodes.masks), self._value(hidden)
+
+    def compile_trunk(self) -> None:
+        """``torch.compile`` the trunk for whole episodes, that is for updates; steps, which are many and small, stay eager."""
+        self._whole = torch.compile(TransformerPolicy._trunk, dynamic=True)
 
     def cache(self, rows: int, steps: int = 1) -> Cache:
         """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them."""
