@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmenvs.checks import integer_in, one_of
 from mmenvs.datasets import open_source
 from mmenvs.embeddings.embedding import resolve_device
-from mmenvs.embeddings.pretrained_files import check_folder, find_folder, loading, read_config
+from mmenvs.embeddings.pretrained_files import PROCESSORS, check_folder, find_folder, loading, read_config
 from mmenvs.integrations.trl import CaptionReader, TextEpisodes
 
 FORMAT = 1
@@ -260,7 +260,7 @@ def load_model(source: str, device: str = "auto") -> tuple[Any, Any]:
 def read_model(source: str, half: bool) -> tuple[Any, Any]:
     """The model, in bfloat16 if ``half``, on the CPU, and its processor."""
     folder = find_folder(source, local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1")
-    check_folder(folder, source, text=False)
+    check_folder(folder, source, PROCESSORS)
     config = read_config(folder, source)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,15 @@ def train(
         str | None,
         typer.Option(help="Of the transformer: nano (default, 1 million parameters), small, base."),
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hugging Face name of a causal language model as the transformer's trunk."
+        ),
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(min=0, help="Rank of adapters of the backbone; 0 (default) trains it all.")
+    ] = None,
     fusion: Annotated[
         str | None,
         typer.Option(
@@ -188,6 +198,14 @@ def train(
     difficulty: Annotated[str | None, typer.Option(help="0 (default) to 3.")] = None,
     split: Annotated[str | None, typer.Option(help="train (default), val, test or compositional.")] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
+    curriculum: Annotated[
+        bool,
+        typer.Option(help="Of the transformer: begin at difficulty 0, rise to --difficulty as it succeeds."),
+    ] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the transformer's updates.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default is what is fast on the device.")
+    ] = None,
     source: Source = None,
     resume: Annotated[bool, typer.Option(help="Go on with the agent in --out, with its settings.")] = False,
 ) -> None:
@@ -200,12 +218,17 @@ def train(
         if resume:
             if encoder is not None:
                 raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
-            model, kwargs = load_agent(out, device, source)
+            model, kwargs = load_agent(out, device, source, compile)
             asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
+            asked |= {"precision": precision, "curriculum": curriculum or None}
             saved = {name: getattr(model.settings, name, None) for name in asked}
             asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
             saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
             saved["num_envs"] = model.n_envs
+            saved["curriculum"] = getattr(model.settings, "curriculum", None) is not None
+            trunk = getattr(model.settings, "backbone", None)
+            asked |= {"backbone": backbone, "lora": lora}
+            saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
             for name, value in asked.items():
                 if value not in (None, saved[name]):
                     raise ValueError(f"{name} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}")
@@ -224,6 +247,11 @@ def train(
                 source,
                 fusion=fusion,
                 size=size,
+                backbone=backbone,
+                lora=lora,
+                compile=compile,
+                curriculum=curriculum,
+                precision=precision,
                 device=device,
                 seed=seed or 0,
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
@@ -231,13 +259,15 @@ def train(
                 num_envs=num_envs,
             )
             out.mkdir(parents=True, exist_ok=True)
-    typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
+    with user_errors():
+        say = spokesman(model)
+    say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finished = agents("transformer.agent" if is_transformer(model) else "sb3").train(model, total, out)
-    typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
+    say(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
-        typer.echo("stopped early; --resume goes on")
+        say("stopped early; --resume goes on")
         raise typer.Exit(130)
-    typer.echo(f"next: mmenvs evaluate {out}")
+    say(f"next: mmenvs evaluate {out}")
 
 
 @app.command()
@@ -320,6 +350,10 @@ def make_agent(
     fusion: str | None,
     size: str | None,
     num_envs: int | None,
+    backbone: str | None = None,
+    lora: int | None = None,
+    compile: bool = False,
+    curriculum: bool = False,
     **arguments: Any,
 ) -> Any:
     """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
@@ -331,12 +365,24 @@ def make_agent(
             raise ValueError(
                 f"fusion is the transformer's own attention with --agent transformer, got {fusion!r}"
             )
+        if backbone is not None and size is not None:
+            raise ValueError(f"size is the backbone's own with --backbone, got {size!r}")
         ppo, module = agents("transformer.ppo"), agents("transformer.agent")
         recipe = ppo.PPORecipe(**({} if num_envs is None else {"num_envs": num_envs}))
+        arguments |= {"backbone": backbone, "lora": lora or 0, "compile": compile}
+        if curriculum:
+            arguments["curriculum"] = agents("curriculum").Curriculum(env_kwargs["difficulty"])
         model = module.TransformerAgent(id, size or "nano", recipe=recipe, **arguments)
     else:
-        if size is not None:
-            raise ValueError(f"size is of --agent transformer, got {size!r} with {algo!r}")
+        for name, value in {
+            "size": size,
+            "backbone": backbone,
+            "lora": lora,
+            "compile": compile or None,
+            "curriculum": curriculum or None,
+        }.items():
+            if value is not None:
+                raise ValueError(f"{name} is of --agent transformer, got {value!r} with {algo!r}")
         sb3 = agents("sb3")
         if num_envs is not None:
             arguments["num_envs"] = num_envs
@@ -351,6 +397,15 @@ def is_transformer(model: Any) -> bool:
     return model.settings.algo == TRANSFORMER
 
 
+def spokesman(model: Any) -> Callable[[str], None]:
+    """What prints a line, in the first of the processes that train together."""
+    if is_transformer(model):
+        return typer.echo if model.devices.main else lambda line: None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"several processes are for --agent transformer, got {model.settings.algo!r}")
+    return typer.echo
+
+
 def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
     """``encoder`` for the observations whose modality has one of this name; the others take their default."""
     from mmenvs.embeddings.extractor import encoders_named
@@ -361,13 +416,16 @@ def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
     return encoders_named(encoder, space)
 
 
-def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:
+def load_agent(
+    folder: Path, device: str, source: str | None, compile: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """The agent that ``train`` left in ``folder``, and the arguments of its environment.
 
     Args:
         folder: where it was saved.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         source: real data to use in place of those it was trained on.
+        compile: of a transformer.
     """
     sb3 = agents("sb3")
     try:
@@ -381,8 +439,10 @@ def load_agent(folder: Path, device: str, source: str | None) -> tuple[Any, dict
     reader = {} if text is None else {"source": open_source(text, id)}
     if kind == TRANSFORMER:
         load = agents("transformer.agent").TransformerAgent.load
-        model = load(folder, device=device, env_kwargs=reader)
+        model = load(folder, device=device, env_kwargs=reader, compile=compile)
     else:
+        if compile:
+            raise ValueError(f"compile is of --agent transformer, got it with {settings['algo']!r}")
         model = sb3.load(folder, device, reader)
     model.settings = replace(model.settings, env_kwargs=saved)
     return model, {**saved, **reader}

@@ -1,5 +1,9 @@
 """The transformer policy: sizes, actions, and that steps with a cache equal the pass over whole episodes."""
 
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -273,6 +277,35 @@ def test_what_does_not_fit_is_refused():
         TransformerPolicy(SPACE, ACTIONS["box"], TINY, ("sound",))
     with pytest.raises(ValueError, match="history must leave"):
         TransformerPolicy(SPACE, ACTIONS["box"], TINY, (), tuple(SPACE))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from within the compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_trunk_equals_the_eager_one():
+    torch.manual_seed(0)
+    policy = TransformerPolicy(
+        SPACE, ACTIONS["discrete"], replace(TINY, layers=1), LAYOUTS["both"], ("said",)
+    )
+    torch.nn.init.normal_(policy.critic.weight, std=0.3)
+    batches = [make_episodes(policy, lengths, seed) for seed, lengths in enumerate(([5, 1, 3, 5], [2, 4, 3]))]
+
+    def results():
+        values = [policy(episodes)[1] for episodes in batches]
+        policy.zero_grad()
+        sum(v.square().sum() for v in values).backward()
+        return [*values, policy.blocks[0].query.weight.grad.clone()]
+
+    eager = results()
+    policy.compile_trunk()
+    twin = deepcopy(policy)
+    for one, other in zip(results(), eager, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    torch.nn.init.normal_(twin.critic.weight)
+    twin.norm.weight.data *= 2  # a copy runs its own weights
+    assert (twin(batches[0])[1] - eager[0]).abs().max() > 1e-2
+    torch.nn.init.zeros_(policy.norm.weight)
+    assert (policy(batches[0])[1] == 0).all() and (twin(batches[0])[1] != 0).any()
 
 
 def test_half_precision_keeps_distributions_whole():

@@ -302,6 +302,11 @@ def test_wrong_arguments(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="finds no CUDA device"):
         TransformerAgent(VQA, device="cuda")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="compile=True needs a C"):
+        make_agent(compile=True)
+    with pytest.raises(TypeError, match="compile must be True or False"):
+        make_agent(compile=1)
     for wrong, message in (({"epochs": 0}, "epochs"), ({"gamma": 1.1}, "gamma"), ({"clip": -1.0}, "clip")):
         with pytest.raises(ValueError, match=f"{message} must be from"):
             ppo.PPORecipe(**wrong)
@@ -334,10 +339,12 @@ def test_episodes_without_an_end_are_refused(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_learning_on_cuda(precision):
+@pytest.mark.parametrize(
+    ("precision", "compile"), [("float32", False), ("bfloat16", False), ("bfloat16", True)]
+)
+def test_learning_on_cuda(precision, compile):
     agent = TransformerAgent(
-        CAPTIONING, TINY, recipe=QUICK, device="cuda", precision=precision, env_kwargs=SMALL
+        CAPTIONING, TINY, recipe=QUICK, device="cuda", precision=precision, env_kwargs=SMALL, compile=compile
     )
     agent.learn(200)
     assert agent.policy.device.type == "cuda"

@@ -66,6 +66,8 @@ def test_captions_are_trained_and_evaluated_too(tmp_path):
         (("--agent", "transformer", "--fusion", "concat"), "fusion is the transformer's own attention"),
         (("--agent", "transformer", "--size", "huge"), "size must be one of nano, small, base"),
         (("--agent", "ppo", "--size", "nano"), "size is of --agent transformer"),
+        (("--agent", "ppo", "--compile"), "compile is of --agent transformer"),
+        (("--agent", "transformer", "--precision", "int4"), "precision must be one of 'float32', 'bfloat16'"),
         (("--agent", "transformer", "--encoder", "nothing"), "encoder must be one of"),
     ],
 )

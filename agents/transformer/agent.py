@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,20 +20,22 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.logger import Logger, make_output_format
 from torch import Tensor
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import check_flag, integer_in, one_of
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.registry import task_class
 
+from ..curriculum import Curriculum, Progress
 from ..sb3 import check_encoders, default_precision
 from . import checkpoint
 from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
+from .devices import Devices
 from .learning import Anchor, Recipe, log_probs_of
-from .model import SIZES, Cache, ModelConfig, TransformerPolicy
+from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Rollout, as_tensors
 
@@ -61,7 +64,8 @@ class TransformerAgent:
             ``"dpo"``, or ``"supervised"``, which clones the oracle.
         encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`;
             None is those of ``init``, or the defaults.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Under ``accelerate launch`` each process makes the same agent, has
+            its own device and plays its share of the rows; a vector environment is the share of its process.
         seed: of weights, actions and episodes.
         env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``; with an id only.
         precision: ``"float32"`` or ``"bfloat16"``; None is what is fast here.
@@ -70,11 +74,19 @@ class TransformerAgent:
         init: folder of an agent whose policy this one begins with, and is pulled back to if ``restraints`` say so.
         fixed, history: names of observations that don't change within an episode, and that hold the actions so
             far; None takes what the task says, or none.
+        backbone: a causal language model of Hugging Face in the trunk's place, by name, folder or
+            :class:`~mmenvs_agents.transformer.model.Backbone`; of ``size`` only ``token_width`` counts then.
+        lora: rank of the adapters that train in the backbone's place; 0 trains all its weights.
+        curriculum: begin at difficulty 0 and rise to that in ``env_kwargs``, which is ``curriculum.last``; with an id only.
+        compile: ``torch.compile`` the trunk in updates, on CUDA, or on a CPU with a C++ compiler. It takes a minute, and a
+            checkpoint doesn't remember it.
 
     Attributes:
         policy, optimizer, settings, device: as made.
         reference: the policy as it was at the start, if something needs it, or None.
         coefficients: of the pull to it, and the multipliers of limits.
+        devices: the processes that learn together.
+        progress: in the curriculum.
         num_timesteps: steps of the environment learned from.
         iteration: rollouts learned from.
 
@@ -98,8 +110,13 @@ class TransformerAgent:
         init: str | os.PathLike[str] | None = None,
         fixed: tuple[str, ...] | None = None,
         history: tuple[str, ...] | None = None,
+        backbone: str | Backbone | None = None,
+        lora: int = 0,
+        curriculum: Curriculum | None = None,
+        compile: bool = False,
     ) -> None:
-        self.device = torch.device(resolve_device(device))
+        self.devices = Devices(device)
+        self.device = self.devices.device
         integer_in("seed", seed, 0, 2**32 - 1)
         one_of("method", method, tuple(RECIPES))
         recipe, restraints = recipe or RECIPES[method], restraints or Restraints()
@@ -112,17 +129,28 @@ class TransformerAgent:
             raise ValueError("restraints are for reinforcement learning, method='supervised' has no reward")
         started = {} if init is None else _model_settings(init)
         if init is not None:
-            for name, value in (("size", size), ("encoders", encoders)):
+            for name, value in (("size", size), ("encoders", encoders), ("backbone", backbone)):
                 if value is not None:
                     raise ValueError(f"{name} is that of the agent in init={str(init)!r}, got {value!r}")
-            size, encoders = started["model"], started["encoders"]
+            size, encoders, backbone = started["model"], started["encoders"], started["backbone"]
         size = size or "nano"
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
         check_encoders(encoders)
+        if lora and (backbone is None or isinstance(backbone, Backbone)):
+            raise ValueError(
+                f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}"
+            )
+        if backbone is not None and not isinstance(backbone, Backbone):
+            backbone = Backbone(backbone, lora)
+        _check_compile(compile, self.device)
+        if curriculum is not None:
+            if not isinstance(env, str):
+                raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
+            env_kwargs = {**(env_kwargs or {}), "difficulty": curriculum.last}
         if isinstance(env, str):
             task_class(env)
-            envs: Envs = gym.make_vec(env, num_envs=recipe.num_envs, **(env_kwargs or {}))
+            envs: Envs = gym.make_vec(env, num_envs=self.devices.share(recipe.num_envs), **(env_kwargs or {}))
         elif env_kwargs:
             raise ValueError(f"env_kwargs go with an id; env is made already, got {env_kwargs!r}")
         else:
@@ -143,6 +171,8 @@ class TransformerAgent:
             recipe=recipe,
             method=method,
             restraints=restraints,
+            backbone=backbone,
+            curriculum=curriculum,
         )
         self.observation_space, self.action_space = seen, envs.single_action_space
         settings = self.settings
@@ -151,7 +181,7 @@ class TransformerAgent:
             torch.manual_seed(seed)
             self.policy = TransformerPolicy(
                 seen, self.action_space, settings.model, settings.fixed, settings.history,
-                settings.encoders, settings.precision,
+                settings.encoders, settings.precision, settings.backbone,
             ).to(self.device)  # fmt: skip
         if init is not None:
             _begin_with(self.policy, init)
@@ -159,17 +189,31 @@ class TransformerAgent:
         if restraints.kl or method == "dpo":
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.coefficients = restraints.begin()
-        self.optimizer = Muon(self.policy, (self.policy.actor, self.policy.critic), recipe.learning_rate)
+        trunk, heads = self.policy.backbone, (self.policy.actor, self.policy.critic)
+        if trunk is None:
+            self.optimizer = Muon(self.policy, heads, recipe.learning_rate)
+        else:
+            self.settings = replace(settings, backbone=trunk.chosen)
+            self.optimizer = Muon(
+                self.policy, heads, recipe.learning_rate, pretrained=trunk.model, scale=trunk.scale
+            )
+        if compile:
+            self.policy.compile_trunk()
         self.num_timesteps = self.iteration = 0
         self.logger = Logger(None, [])
         # Steps behind the weights; num_timesteps also counts those of a rollout that is being played.
         self._learned = 0
+        self.progress = Progress()
         self._envs = envs
+        if curriculum is not None:
+            curriculum.check(str(env), self.settings.env_kwargs, (*self.policy.fixed, *self.policy.changing))
+            self._face(0)
         self._predicting = self._generator("predict", 0)
 
     @property
     def n_envs(self) -> int:
-        return self._envs.num_envs
+        """Rows of all processes together."""
+        return self._envs.num_envs * self.devices.count
 
     def get_env(self) -> Envs:
         """The vector environment it learns on."""
@@ -183,10 +227,12 @@ class TransformerAgent:
             ValueError: if its spaces or its autoreset differ.
         """
         _check_envs(env)
-        if env.single_observation_space != self.observation_space:
-            raise ValueError(
-                f"env must have the observation space {self.observation_space}, got {env.single_observation_space}"
-            )
+        seen: Any = env.single_observation_space
+        for name in (*self.policy.fixed, *self.policy.changing):
+            if name not in seen.spaces or seen[name] != self.observation_space[name]:
+                raise ValueError(
+                    f"env must have the observation space {self.observation_space}, got {env.single_observation_space}"
+                )
         if env.single_action_space != self.action_space:
             raise ValueError(
                 f"env must have the action space {self.action_space}, got {env.single_action_space}"
@@ -226,6 +272,8 @@ class TransformerAgent:
         """
         integer_in("total_steps", total_steps, 1, 10**15)
         integer_in("checkpoint_steps", checkpoint_steps, 1, 10**15)
+        if not self.devices.main:
+            out = None
         if total_steps <= self.num_timesteps:
             raise ValueError(
                 f"total_steps must be over the {self.num_timesteps} already done, got {total_steps}"
@@ -244,6 +292,7 @@ class TransformerAgent:
                 whole = False
                 paid = self.settings.restraints.apply(rollout, self.coefficients)
                 log = self._update(paid, total_steps)
+                log |= self._judged(rollout, hooks)
                 whole = True
                 if alarm is not None:
                     log |= alarm(self, paid)
@@ -259,17 +308,19 @@ class TransformerAgent:
             hooks.end()
             self.logger.close()
             self.logger = Logger(None, [])
+        self.devices.wait()  # for the checkpoint
         return self
 
     def _collect(self, hooks: Hooks) -> Rollout:
+        rank = self.devices.rank
         hooks.playing()
         rollout: Rollout = MODULES[self.settings.method].play(
             self.policy,
             self._envs,
             self.settings.recipe,
             # Row i of seed s is row i - 1 of seed s + 1: rollouts must not share episodes.
-            _word(self.settings.seed, "episodes", self.iteration),
-            self._generator("actions", self.iteration),
+            _word(self.settings.seed, "episodes", self.iteration) + rank * self._envs.num_envs,
+            self._generator(f"actions {rank}" if rank else "actions", self.iteration),
             hooks.stepped,
         )
         return rollout
@@ -288,12 +339,36 @@ class TransformerAgent:
             1 - self._learned / total_steps,
             self._generator("shuffle", self.iteration),
             anchor,
+            self.devices,
         )
-        self.coefficients = restraints.adapt(self.coefficients, rollout, log)
+        self.coefficients = restraints.adapt(self.coefficients, rollout, log, self.devices)
         self.iteration += 1
-        self._learned += rollout.steps
+        self._learned += int(self.devices.total(torch.tensor(rollout.steps)))
         self.num_timesteps = self._learned
         return log | restraints.logged(self.coefficients)
+
+    def _judged(self, rollout: Rollout, hooks: Hooks) -> dict[str, float]:
+        """What is logged of the curriculum, once the rollout's episodes have been counted in."""
+        curriculum = self.settings.curriculum
+        if curriculum is None:
+            return {}
+        if rollout.successes is None:
+            raise ValueError(f"a curriculum needs is_success in the infos, {self.settings.id} has none")
+        counted = torch.tensor([len(rollout.successes), int(rollout.successes.sum())])
+        rate = self.progress.count(curriculum, *self.devices.total(counted).tolist())
+        if rate is not None:
+            self._face(self.progress.level)
+            hooks.say(
+                f"difficulty {self.progress.level} after {self._learned:,} steps, at success {rate:.3f}"
+            )
+        return {"curriculum/difficulty": self.progress.level}
+
+    def _face(self, level: int) -> None:
+        """Learn on episodes of another difficulty from now on."""
+        kwargs = {**self.settings.env_kwargs, "difficulty": level}
+        rows = self._envs.num_envs
+        self._envs.close()
+        self._envs = gym.make_vec(str(self.settings.id), num_envs=rows, **kwargs)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(_word(self.settings.seed, purpose, number))
@@ -376,7 +451,7 @@ class TransformerAgent:
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
         if self.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
-        counters = {"steps": self._learned, "iteration": self.iteration}
+        counters = {"steps": self._learned, "iteration": self.iteration, **asdict(self.progress)}
         tensors |= state_tensors(self.optimizer)
         checkpoint.write(folder, settings, counters, self.coefficients, tensors)
 
@@ -387,13 +462,14 @@ class TransformerAgent:
         env: Envs | None = None,
         device: str = "auto",
         env_kwargs: Mapping[str, Any] | None = None,
+        compile: bool = False,
     ) -> TransformerAgent:
         """The agent that :meth:`save` wrote, ready to predict or to learn on.
 
         Args:
             folder: where it was saved.
             env: vector environment, for an agent that was not made from an id.
-            device: as for the class.
+            device, compile: as for the class.
             env_kwargs: takes the place of single saved arguments of the environment.
 
         Raises:
@@ -412,15 +488,22 @@ class TransformerAgent:
                 raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
             arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
             encoders = _encoders_of(settings)
+            backbone = _backbone_of(settings)
+            found = settings.get("curriculum")
+            curriculum = None if found is None or env is not None else Curriculum(**found)
+            progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
+            if curriculum is not None:
+                integer_in("level", progress.level, 0, curriculum.last)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
         if id is None and env is None:
             raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
-        resolve_device(device)
+        _check_compile(compile, torch.device(resolve_device(device)))
         try:
             agent = cls(
                 id if env is None else env, size, method=method, encoders=encoders, device=device, recipe=recipe,
-                restraints=restraints, env_kwargs=kwargs if env is None else None, **arguments,
+                restraints=restraints, backbone=backbone, compile=compile, curriculum=curriculum,
+                env_kwargs=kwargs if env is None else None, **arguments,
             )  # fmt: skip
         except (FileNotFoundError, NameNotFound, ImportError):
             raise
@@ -436,8 +519,10 @@ class TransformerAgent:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
         agent.num_timesteps = agent._learned = counters["steps"]
-        agent.iteration = counters["iteration"]
         agent.coefficients = coefficients
+        agent.iteration, agent.progress = counters["iteration"], progress
+        if curriculum is not None:
+            agent._face(progress.level)
         return agent
 
 
@@ -469,10 +554,14 @@ def train(
 
 
 def _model_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Size and encoders of the agent in ``folder``, as the class takes them."""
+    """Size, encoders and backbone of the agent in ``folder``, as the class takes them."""
     settings, _, _ = checkpoint.read(folder)
     try:
-        return {"model": ModelConfig(**settings["model"]), "encoders": _encoders_of(settings)}
+        return {
+            "model": ModelConfig(**settings["model"]),
+            "encoders": _encoders_of(settings),
+            "backbone": _backbone_of(settings),
+        }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"cannot begin with the agent in {str(folder)!r}: {checkpoint.SETTINGS} is damaged: {error}"
@@ -484,6 +573,11 @@ def _encoders_of(settings: Mapping[str, Any]) -> dict[str, str | Pretrained]:
         name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
         for name, encoder in settings["encoders"].items()
     }
+
+
+def _backbone_of(settings: Mapping[str, Any]) -> Backbone | None:
+    found = settings.get("backbone")
+    return None if found is None else Backbone(**found)
 
 
 def _begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> None:
@@ -516,6 +610,17 @@ def _word(seed: int, purpose: str, number: int) -> int:
     """A seed of 63 bits for one purpose of one rollout."""
     entropy = [seed, number, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_compile(compile: Any, device: torch.device) -> None:
+    if (
+        check_flag("compile", compile)
+        and device.type == "cpu"
+        and not shutil.which(os.environ.get("CXX", "g++"))
+    ):
+        raise ValueError(
+            "compile=True needs a C++ compiler on a CPU, and g++ isn't found; CXX can name another"
+        )
 
 
 def _check_envs(envs: Any) -> None:

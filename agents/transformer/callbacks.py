@@ -40,7 +40,7 @@ class Hooks:
         self.returns: deque[float] = deque(maxlen=_WINDOW)
         self.lengths: deque[float] = deque(maxlen=_WINDOW)
         self.bar: Any = None
-        if progress_bar:
+        if progress_bar and agent.devices.main:
             self.bar = progress_line()
 
     def begin(self) -> None:
@@ -57,20 +57,21 @@ class Hooks:
             self.theirs.on_rollout_start()
 
     def stepped(self, rows: int) -> None:
-        self.agent.num_timesteps += rows
+        # A guess for the other processes, which are put right after the update.
+        self.agent.num_timesteps += rows * self.agent.devices.count
         if self.theirs is not None and not self.theirs.on_step():
             self.stop = True
 
     def updated(self, rollout: Rollout, log: Mapping[str, float]) -> None:
-        agent = self.agent
-        self.returns.extend(rollout.returns.tolist())
-        self.lengths.extend(rollout.episodes.lengths.tolist())
+        agent, gathered = self.agent, self.agent.devices.gathered
+        self.returns.extend(gathered(rollout.returns))
+        self.lengths.extend(gathered(rollout.episodes.lengths.numpy()))
         means: dict[str, Any] = {
             "rollout/ep_rew_mean": np.mean(self.returns),
             "rollout/ep_len_mean": np.mean(self.lengths),
         }
         if rollout.successes is not None:
-            self.successes.extend(rollout.successes.tolist())
+            self.successes.extend(gathered(rollout.successes))
             means["rollout/success_rate"] = np.mean(self.successes)
         means |= {f"rollout/{part}": np.mean(scores) for part, scores in rollout.parts.items()}
         speed = (agent.num_timesteps - self.first) / max(time.perf_counter() - self.since, 1e-9)
@@ -91,6 +92,12 @@ class Hooks:
             self.theirs.on_rollout_end()
         if self.mine is not None and self.mine(agent) is False:
             self.stop = True
+        self.stop = agent.devices.any(self.stop)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, where there is one."""
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False)
 
     def end(self) -> None:
         if self.theirs is not None:

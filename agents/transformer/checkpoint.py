@@ -20,14 +20,16 @@ from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
+from ..curriculum import Curriculum
 from .learning import Recipe
-from .model import SIZES, ModelConfig
+from .model import SIZES, Backbone, ModelConfig
 from .restraints import Restraints
 
 FORMAT = 2
 KIND = "transformer"
 SETTINGS = "settings.json"
 COUNTERS = ("steps", "iteration")
+PROGRESS = ("level", "episodes", "successes")  # in a curriculum; 0 without one
 _JSON_LIMIT = 2**20  # bytes
 
 
@@ -43,6 +45,8 @@ class Settings:
         encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
         recipe, method, restraints: how it learns.
         algo: how the command line names this agent.
+        backbone: language model in the trunk's place, with its configuration.
+        curriculum: how the difficulty rises to that in ``env_kwargs``.
     """
 
     id: str | None
@@ -57,6 +61,8 @@ class Settings:
     method: str
     restraints: Restraints
     algo: str = KIND
+    backbone: Backbone | None = None
+    curriculum: Curriculum | None = None
 
     @property
     def size(self) -> str | ModelConfig:
@@ -79,7 +85,7 @@ def write(
     state = f"state_{counters['steps']}.safetensors"
     whole = {name: value.contiguous() for name, value in tensors.items()}
     with replacing(path / state) as file:
-        file.write_bytes(serialise(whole, {name: str(counters[name]) for name in COUNTERS}))
+        file.write_bytes(serialise(whole, {name: str(value) for name, value in counters.items()}))
     versions = {"mmenvs": mmenvs.__version__, "torch": torch.__version__}
     document = {"format": FORMAT, "agent": KIND, **counters, "coefficients": coefficients}
     document |= {"settings": settings, "versions": versions}
@@ -118,6 +124,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]
         raise ValueError(f"{problem}{SETTINGS} has format {found!r}, this version reads format {FORMAT}")
     try:
         counters = {name: integer_in(name, document[name], 0, 10**15) for name in COUNTERS}
+        counters |= {name: integer_in(name, document.get(name, 0), 0, 10**15) for name in PROGRESS}
         coefficients = {str(name): float(value) for name, value in document["coefficients"].items()}
         return dict(document["settings"]), counters, coefficients
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -144,7 +151,7 @@ def read_tensors(
         raise ValueError(
             f"cannot load the agent in {str(folder)!r}: {file.name} is damaged: {error}"
         ) from error
-    if any(found.get(name) != str(value) for name, value in counters.items()):
+    if any(found.get(name, "0") != str(value) for name, value in counters.items()):
         raise ValueError(
             f"cannot load the agent in {str(folder)!r}: {file.name} and {SETTINGS} are of different checkpoints"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmenvs.checks import one_of
 
+from .devices import ALONE, Devices
 from .grpo import play
 from .learning import Anchor, Recipe, check_group, descend
 from .model import TransformerPolicy
@@ -65,6 +66,7 @@ def update(
     remaining: float,
     generator: torch.Generator,
     anchor: Anchor | None = None,
+    devices: Devices = ALONE,
 ) -> dict[str, float]:
     """Learn from the pairs of a rollout; arguments and results as of :func:`mmenvs_agents.transformer.ppo.update`.
     ``anchor`` must be given; its coefficient isn't used, ``beta`` holds the policy."""
@@ -81,12 +83,12 @@ def update(
         steps = lengths[rows].to(policy.device) if recipe.length == "episode" else 1
         ours = (each.sum(1) / steps).view(-1, 2)
         theirs = (anchor.log_probs[rows].sum(1).to(policy.device) / steps).view(-1, 2)
-        count = len(batch) // 2
+        count = int(devices.total(torch.tensor(len(batch) // 2)))
         right = (ours - theirs).diff(dim=1).lt(0).sum() / count
         value = dpo_loss(ours, theirs, recipe.beta).sum() / count
         return value, {"preference_loss": value.detach(), "preference_accuracy": right}
 
     log = {"train/pairs": float(len(found))}
-    if not len(found):
+    if not devices.least(len(found)):
         return log
-    return log | descend(policy, optimizer, found, loss, recipe, remaining, generator)
+    return log | descend(policy, optimizer, found, loss, recipe, remaining, generator, devices)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mmenvs.embeddings.base import Tokens
 
+NEVER = -1e30  # added to the scores of keys that mustn't be seen: finite, so that softmax over none is too
+
 
 @dataclass(frozen=True)
 class Episodes:
@@ -61,7 +63,7 @@ class Cache:
     """Keys and values of running episodes, one a row; made by :meth:`TransformerPolicy.cache`.
 
     Attributes:
-        keys, values: ``(layers, rows, slots, kv_heads, width / heads)``. Slots are the prefix, then the steps.
+        keys, values: ``(layers, rows, slots, kv_heads, size of a head)``. Slots are the prefix, then the steps.
         valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
         position: ``(rows,)`` int64, the rotary position of the next token.
         length: ``(rows,)`` int64 on the CPU, steps taken.

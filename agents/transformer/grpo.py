@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mmenvs.checks import one_of
 
+from .devices import ALONE, Devices
 from .learning import Anchor, Recipe, check_group, descend, divergence
 from .model import TransformerPolicy
 from .rollout import Rollout, collect
@@ -111,12 +112,12 @@ def advantages_of(returns: Tensor, recipe: GRPORecipe, greedy: Tensor | None = N
     return advantages
 
 
-def weights_of(lengths: Tensor, batch: Tensor, length: str) -> Tensor:
-    """How much a step of episodes with these ``lengths`` ``(b,)`` counts in the loss of a minibatch whose lengths
-    are ``batch``; ``(b,)`` float32."""
+def weights_of(lengths: Tensor, episodes: int, steps: int, length: str) -> Tensor:
+    """How much a step of episodes with these ``lengths`` ``(b,)`` counts in the loss of a minibatch with so many
+    episodes and steps; ``(b,)`` float32."""
     if length == "episode":
-        return 1.0 / (lengths * len(batch))
-    return torch.ones(len(lengths)) / (batch.sum() if length == "all" else len(batch))
+        return 1.0 / (lengths * episodes)
+    return torch.full((len(lengths),), 1.0 / (steps if length == "all" else episodes))
 
 
 def play(
@@ -145,6 +146,7 @@ def update(
     remaining: float,
     generator: torch.Generator,
     anchor: Anchor | None = None,
+    devices: Devices = ALONE,
 ) -> dict[str, float]:
     """Learn from a rollout of :func:`play`; arguments and results as of :func:`mmenvs_agents.transformer.ppo.update`."""
     entropy_coef = recipe.entropy * max(remaining, 0.0)
@@ -154,14 +156,14 @@ def update(
     advantages = advantages_of(returns, recipe, greedy).flatten()  # (B,)
 
     def loss(rows: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = weights_of(lengths[rows], lengths[batch], recipe.length)
+        count, total = devices.total(torch.stack([torch.tensor(len(batch)), lengths[batch].sum()])).tolist()
+        weights = weights_of(lengths[rows], count, total, recipe.length)
         known = torch.stack([advantages[rows], weights], -1)
         summed, sums = part_loss(policy, rollout, rows, known, recipe, entropy_coef, anchor)
-        total = int(lengths[batch].sum())
         return summed, {name: value / total for name, value in sums.items()}
 
     groups = torch.arange(len(lengths)).view(-1, recipe.group)
-    log = descend(policy, optimizer, groups, loss, recipe, remaining, generator)
+    log = descend(policy, optimizer, groups, loss, recipe, remaining, generator, devices)
     told_apart = returns.std(1) > 0 if recipe.group > 1 else torch.tensor([1.0])
     return log | {
         "train/return_spread": float(np.std(returns.numpy())),

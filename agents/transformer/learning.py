@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmenvs.checks import integer_in
 
+from .devices import Devices
 from .episodes import Episodes
 from .model import TransformerPolicy
 
@@ -27,7 +28,7 @@ class Recipe:
     """Settings that all algorithms have.
 
     Attributes:
-        num_envs: rows of the vector environment.
+        num_envs: rows of the vector environment, of all processes together.
         epochs: passes over a rollout.
         minibatches: of whole episodes, in each epoch.
         accumulate: parts of a minibatch whose gradients are added up, to save memory.
@@ -109,6 +110,7 @@ def descend(
     recipe: Recipe,
     remaining: float,
     generator: torch.Generator,
+    devices: Devices,
 ) -> dict[str, float]:
     """Steps of the optimiser over shuffled minibatches.
 
@@ -119,6 +121,8 @@ def descend(
         recipe: settings.
         remaining: share of the training that is left, 1 to 0; sets the learning rate.
         generator: on the CPU; shuffles the groups.
+        devices: the processes that learn together, each from its own rollout. ``part_loss`` divides by what all
+            of them have.
 
     Returns:
         Means of what ``part_loss`` logged, by name.
@@ -130,8 +134,9 @@ def descend(
         group["lr"] = recipe.learning_rate * max(remaining, 0.02)
     log: defaultdict[str, list[float]] = defaultdict(list)
     count, updates = len(groups), 0
+    minibatches = min(recipe.minibatches, devices.least(count))
     shuffled = (torch.randperm(count, generator=generator) for _ in range(recipe.epochs))
-    for batch in (part for order in shuffled for part in order.tensor_split(min(recipe.minibatches, count))):
+    for batch in (part for order in shuffled for part in order.tensor_split(minibatches)):
         optimizer.zero_grad()
         means: defaultdict[str, float] = defaultdict(float)
         for part in batch.tensor_split(min(recipe.accumulate, len(batch))):
@@ -140,9 +145,11 @@ def descend(
             for name, value in logged.items():
                 means[name] += float(value)
         for name, mean in means.items():
-            log[name].append(mean)
+            means[name] = float(devices.total(torch.tensor(mean)))
+            log[name].append(means[name])
         if recipe.target_kl and means.get("approx_kl", 0.0) > recipe.target_kl:
             break
+        devices.sum_gradients(policy)
         log["gradient_norm"].append(_clip(policy, recipe.max_grad_norm))
         optimizer.step()
         updates += 1

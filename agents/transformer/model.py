@@ -22,9 +22,9 @@ Three calls, and all that an algorithm needs::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,7 @@ from mmenvs.embeddings.extractor import Extractor, Precision
 from mmenvs.embeddings.pretrained import Pretrained
 
 from .actions import action_head
-from .episodes import Cache, Episodes, Memory
-
-_NEVER = -1e30  # added to the scores of keys that mustn't be seen: finite, so that softmax over none is too
+from .episodes import NEVER, Cache, Episodes, Memory
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,27 @@ SIZES: dict[str, ModelConfig] = {
     "small": ModelConfig(width=320, layers=8, heads=5, kv_heads=1, hidden=896),
     "base": ModelConfig(width=768, layers=12, heads=12, kv_heads=4, hidden=2560),
 }
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Which language model of Hugging Face stands in the trunk's place (see ``backbone.py``), and what of it trains.
+
+    Attributes:
+        source: name at Hugging Face or a local folder, with safetensors weights.
+        lora: rank of the adapters beside every linear layer (Hu et al. 2022, "LoRA"; needs peft); 0 trains all weights.
+        config: the model's configuration. A checkpoint holds it beside the weights, so that it needs ``source``
+            no more; None reads both from there.
+    """
+
+    source: str
+    lora: int = 0
+    config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise TypeError(f"backbone must be a name at Hugging Face or a folder, got {self.source!r}")
+        integer_in("lora", self.lora, 0, 4096)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -165,18 +184,17 @@ class TransformerPolicy(nn.Module):
         encoders: as for :class:`mmenvs.embeddings.Extractor`.
         precision: ``"bfloat16"`` multiplies in half precision. Weights, attention on CPUs, distributions and
             values stay float32.
+        backbone: a language model in the trunk's place; of ``config`` only ``token_width`` counts then.
 
     Attributes:
         actor: the :class:`~mmenvs_agents.transformer.actions.ActionHead`.
         critic: the value head, a linear layer.
+        width: of the trunk's tokens and hidden states.
+        backbone: the :class:`~mmenvs_agents.transformer.backbone.BackboneTrunk`, or None with ``blocks`` and ``norm``.
         prefix_tokens, step_tokens: P and S of the module's page, with padding.
 
-    A backbone of another kind takes the place of ``blocks`` and ``norm`` in :meth:`_trunk`, and
-    ``torch.compile`` or a wrapper for several devices that of the policy in the update, which calls it and
-    nothing else of it.
-
     Raises:
-        ValueError, TypeError: spaces, names or encoders that don't fit.
+        ValueError, TypeError, FileNotFoundError, ImportError: spaces, names, encoders or a backbone that don't fit.
     """
 
     turns: Tensor
@@ -190,6 +208,7 @@ class TransformerPolicy(nn.Module):
         history: Iterable[str] = (),
         encoders: Mapping[str, str | Pretrained | nn.Module] | None = None,
         precision: Precision = "float32",
+        backbone: Backbone | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(observation_space, spaces.Dict):
@@ -214,18 +233,27 @@ class TransformerPolicy(nn.Module):
         lengths = self.extractor.fusion.lengths
         self.prefix_tokens = sum(lengths[name] for name in self.fixed)
         self.step_tokens = sum(lengths[name] for name in self.changing) + 1
+        self.backbone, self.width = None, config.width
+        if backbone is not None:
+            from .backbone import BackboneTrunk  # transformers takes seconds to import
+
+            self.backbone = BackboneTrunk(backbone)
+            self.width = self.backbone.width
         # The bias of its layer tells an observation from the others.
-        self.project = nn.ModuleDict({name: nn.Linear(config.token_width, config.width) for name in seen})
-        self.actor = action_head(action_space, config.width)
-        self.start = nn.Parameter(torch.randn(config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
-        self.critic = nn.Linear(config.width, 1)
+        self.project = nn.ModuleDict({name: nn.Linear(config.token_width, self.width) for name in seen})
+        self.actor = action_head(action_space, self.width)
+        self.start = nn.Parameter(torch.randn(self.width))
+        if backbone is None:
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+            self.norm = nn.RMSNorm(config.width)
+        self.critic = nn.Linear(self.width, 1)
         nn.init.zeros_(self.critic.weight)
         nn.init.zeros_(self.critic.bias)
         size = config.width // config.heads
         turns = float(config.rope_base) ** (-torch.arange(0, size, 2) / size)
         self.register_buffer("turns", turns, persistent=False)
+        # Unbound, so that a copy of the policy runs its own weights.
+        self._whole: Callable[..., Tensor] = TransformerPolicy._trunk
 
     @property
     def device(self) -> torch.device:
@@ -263,14 +291,20 @@ class TransformerPolicy(nn.Module):
         answer = (place - start).div(steps.shape[1], rounding_mode="floor")
         seen &= (place < start) | (answer == answer[:, None])
         read = slice(start + self.step_tokens - 1, None, self.step_tokens)
-        hidden = self._trunk(x, positions, valid[:, None] & seen, read).reshape(batch, time, -1)
+        hidden = self._whole(self, x, positions, valid[:, None] & seen, read).reshape(batch, time, -1)
         return self.actor(hidden, episodes.masks), self._value(hidden)
+
+    def compile_trunk(self) -> None:
+        """``torch.compile`` the trunk for whole episodes, that is for updates; steps, which are many and small, stay eager."""
+        self._whole = torch.compile(TransformerPolicy._trunk, dynamic=True)
 
     def cache(self, rows: int, steps: int = 1) -> Cache:
         """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them."""
         config = self.config
         slots = self.prefix_tokens + steps * self.step_tokens
-        shape = (config.layers, rows, slots, config.kv_heads, config.width // config.heads)
+        kept = (config.layers, config.kv_heads, config.width // config.heads)
+        layers, heads, size = kept if self.backbone is None else self.backbone.kept
+        shape = (layers, rows, slots, heads, size)
         half = self.device.type == "cuda" and self.precision == "bfloat16"
         keys = torch.zeros(shape, dtype=torch.bfloat16 if half else torch.float32, device=self.device)
         valid = torch.zeros((rows, slots), dtype=torch.bool, device=self.device)
@@ -298,7 +332,7 @@ class TransformerPolicy(nn.Module):
         Returns:
             Distributions ``(B, K)`` and values ``(B,)``, both float32.
         """
-        hidden = torch.empty((cache.rows, self.config.width), device=self.device)
+        hidden = torch.empty((cache.rows, self.width), device=self.device)
         for begins in (True, False):
             rows = (starts == begins).nonzero().squeeze(1)
             if len(rows):
@@ -347,10 +381,12 @@ class TransformerPolicy(nn.Module):
     ) -> Tensor:
         """Tokens ``(B, Q, width)`` at ``positions`` ``(B, Q)`` to hidden states ``(B, R, width)`` float32 of those
         to ``read``. ``allowed`` ``(B, Q, K)`` bool tells which keys each token may see."""
+        bias = torch.zeros(allowed.shape, device=x.device).masked_fill_(~allowed, NEVER).unsqueeze(1)
         turned = positions[..., None, None] * self.turns  # (B, Q, 1, width / heads / 2)
         angles = turned.cos(), turned.sin()
-        bias = torch.zeros(allowed.shape, device=x.device).masked_fill_(~allowed, _NEVER).unsqueeze(1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if self.backbone is not None:
+                return self.backbone(x, positions, bias, read, memory).float()
             for layer, block in enumerate(self.blocks):
                 last = layer == len(self.blocks) - 1
                 asked = read if last else slice(None)
@@ -361,7 +397,7 @@ class TransformerPolicy(nn.Module):
         """Tokens ``(B, P, width)`` of the fixed observations and their mask ``(B, P)``. Columns that are padding
         in every row are left out, which changes nothing but the time it takes."""
         if not self.fixed:
-            empty = torch.zeros((rows, 0, self.config.width), device=self.device)
+            empty = torch.zeros((rows, 0, self.width), device=self.device)
             return empty, empty.new_zeros((rows, 0), dtype=torch.bool)
         tokens, valid = self._tokens(observation, self.fixed, self.changing)
         kept = valid.any(0)

@@ -10,6 +10,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from .devices import ALONE, Devices
 from .learning import Anchor, Recipe, descend, divergence
 from .model import TransformerPolicy
 from .rollout import Rollout, collect
@@ -108,6 +109,7 @@ def update(
     remaining: float,
     generator: torch.Generator,
     anchor: Anchor | None = None,
+    devices: Devices = ALONE,
 ) -> dict[str, float]:
     """Learn from a rollout.
 
@@ -118,6 +120,7 @@ def update(
         remaining: share of the training that is left, 1 to 0; sets learning rate and entropy.
         generator: on the CPU; shuffles the episodes.
         anchor: adds the divergence from a reference to the loss.
+        devices: the processes that learn together, each from its own rollout.
 
     Returns:
         Means over the update, by name.
@@ -132,23 +135,23 @@ def update(
         rollout.rewards, rollout.values, lengths, rollout.bootstrap, recipe.gamma, recipe.gae_lambda
     )
     targets = advantages + rollout.values
-    spread = advantages[valid].std(correction=0)
-    advantages = (advantages - advantages[valid].mean()) / (spread + 1e-8)
+    mean, variance = devices.moments(advantages[valid])
+    advantages = (advantages - mean) / (variance**0.5 + 1e-8)
     reference = rollout.log_probs if anchor is None else anchor.log_probs
     known = torch.stack([rollout.log_probs, advantages, rollout.values, targets, reference], -1)  # (B, T, 5)
 
     def loss(rows: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pull = 0.0 if anchor is None else anchor.coefficient
         summed, sums = part_loss(policy, rollout, rows, known, recipe, entropy_coef, pull)
-        total = int(lengths[batch].sum())
+        total = int(devices.total(lengths[batch].sum()))
         return summed / total, {name: value / total for name, value in sums.items()}
 
     groups = torch.arange(len(lengths))[:, None]
-    log = descend(policy, optimizer, groups, loss, recipe, remaining, generator)
-    left = (targets - rollout.values)[valid].var(correction=0)
-    spread = targets[valid].var(correction=0)
+    log = descend(policy, optimizer, groups, loss, recipe, remaining, generator, devices)
+    left = devices.moments((targets - rollout.values)[valid])[1]
+    spread = devices.moments(targets[valid])[1]
     return log | {
-        "train/explained_variance": float(1 - left / spread) if spread > 0 else 0.0,
+        "train/explained_variance": 1 - left / spread if spread > 0 else 0.0,
         "train/entropy_coef": entropy_coef,
     }
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mmenvs.checks import integer_in
 
+from .devices import ALONE, Devices
 from .rollout import Rollout, collect
 
 if TYPE_CHECKING:
@@ -80,12 +82,16 @@ class Restraints:
         return replace(rollout, rewards=rewards, greedy=greedy)
 
     def adapt(
-        self, coefficients: Mapping[str, float], rollout: Rollout, log: Mapping[str, float]
+        self,
+        coefficients: Mapping[str, float],
+        rollout: Rollout,
+        log: Mapping[str, float],
+        devices: Devices = ALONE,
     ) -> dict[str, float]:
         """The coefficients after an update that logged ``log``."""
         new = dict(coefficients)
         for part, limit in self.limits.items():
-            excess = float(_reported(rollout, part).mean()) - limit
+            excess = devices.moments(torch.as_tensor(_reported(rollout, part)))[0] - limit
             new[part] = max(0.0, coefficients[part] + self.multiplier_rate * excess)
         if self.kl_target and "train/reference_kl" in log:
             error = log["train/reference_kl"] / self.kl_target - 1

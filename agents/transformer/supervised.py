@@ -10,6 +10,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from .devices import ALONE, Devices
 from .learning import Anchor, Recipe, descend
 from .model import TransformerPolicy
 from .rollout import Rollout, collect
@@ -49,17 +50,18 @@ def update(
     remaining: float,
     generator: torch.Generator,
     anchor: Anchor | None = None,
+    devices: Devices = ALONE,
 ) -> dict[str, float]:
     """Learn from demonstrations; arguments and results as of :func:`mmenvs_agents.transformer.ppo.update`."""
     lengths = rollout.episodes.lengths
 
     def loss(rows: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         summed, right = part_loss(policy, rollout, rows)
-        total = int(lengths[batch].sum())
+        total = int(devices.total(lengths[batch].sum()))
         return summed / total, {"cross_entropy": summed.detach() / total, "accuracy": right / total}
 
     groups = torch.arange(len(lengths))[:, None]
-    return descend(policy, optimizer, groups, loss, recipe, remaining, generator)
+    return descend(policy, optimizer, groups, loss, recipe, remaining, generator, devices)
 
 
 def part_loss(policy: TransformerPolicy, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:

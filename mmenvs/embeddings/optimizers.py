@@ -37,6 +37,7 @@ class Muon(torch.optim.Optimizer):
         ratio: see ``lr``.
         momentum: of Muon, with Nesterov's look-ahead.
         betas, eps: of Adam.
+        pretrained: a module within it that has learned already: all its weights take Adam's step, ``scale`` times as large.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        pretrained: nn.Module | None = None,
+        scale: float = 1.0,
     ) -> None:
         plain = {id(parameter) for head in heads for parameter in head.parameters()}
         hidden = {
@@ -55,10 +58,17 @@ class Muon(torch.optim.Optimizer):
             for part in module.modules()
             if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         }
-        trained = [p for p in module.parameters() if p.requires_grad]
+        slow = set() if pretrained is None else {id(parameter) for parameter in pretrained.parameters()}
+        trained = [p for p in module.parameters() if p.requires_grad and id(p) not in slow]
         matrices = [p for p in trained if id(p) in hidden - plain]
         others = [p for p in trained if id(p) not in hidden - plain]
-        groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "muon": True},
+            {"params": others, "muon": False},
+        ]
+        if pretrained is not None:
+            learned = [p for p in pretrained.parameters() if p.requires_grad]
+            groups.append({"params": learned, "muon": False, "scale": scale})
         defaults = {"lr": lr, "ratio": ratio, "momentum": momentum, "betas": betas, "eps": eps}
         super().__init__([group for group in groups if group["params"]], defaults)
 
@@ -85,11 +95,12 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state.update(mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter), steps=0)
         first, second = group["betas"]
+        lr = group["lr"] * group.get("scale", 1.0)
         state["steps"] += 1
         state["mean"].lerp_(gradient, 1 - first)
         state["square"].lerp_(gradient.square(), 1 - second)
         deviation = (state["square"] / (1 - second ** state["steps"])).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(state["mean"], deviation, value=-group["lr"] / (1 - first ** state["steps"]))
+        parameter.addcdiv_(state["mean"], deviation, value=-lr / (1 - first ** state["steps"]))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

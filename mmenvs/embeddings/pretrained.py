@@ -104,7 +104,7 @@ class Pretrained:
             raise ValueError(
                 f"{self.source!r} ({config.model_type}) encodes {' and '.join(kinds)}, it can't encode {modality!r}"
             )
-        files.check_folder(folder, self.source, modality == "text")
+        files.check_folder(folder, self.source, files.TOKENIZERS if modality == "text" else files.PROCESSORS)
         encoder: Callable[..., PretrainedEncoder] = {
             ("image", "image"): PictureEncoder,
             ("images", "image"): FramesEncoder,
@@ -130,7 +130,7 @@ class Pretrained:
 
         folder = files.find_folder(self.source, self.local_files_only)
         if not (folder / "config.json").is_file():
-            files.check_folder(folder, self.source, text)
+            files.check_folder(folder, self.source, files.TOKENIZERS if text else files.PROCESSORS)
         config = files.read_config(folder, self.source)
         return folder, config, files.kinds_of(config, self.source)
 
@@ -163,7 +163,7 @@ class PretrainedEncoder(nn.Module, ABC):
         self.model: Any = model.requires_grad_(chosen.train == "full")
         self._has_class_token = any(name.endswith("cls_token") for name, _ in model.named_parameters())
         if chosen.train == "lora":
-            _add_lora(model)
+            add_lora(model, LORA_RANK)
         self._checkpointed = list(_checkpointing(model)) if chosen.gradient_checkpointing else []
         self._compiled = False
         self.recall: Recall | None = None
@@ -227,14 +227,20 @@ class PretrainedEncoder(nn.Module, ABC):
         return self
 
 
-def _add_lora(model: nn.Module) -> None:
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Put a low-rank adapter, which trains, beside every linear layer of a model, which then doesn't.
+
+    Raises:
+        ImportError: without peft.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("train='lora' needs peft: pip install 'mmenvs[lora]'") from error
-    inject_adapter_in_model(
-        LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"), model
-    )
+        raise ImportError("LoRA needs peft: pip install 'mmenvs[lora]'") from error
+    # GPT-2 writes its linear layers as convolutions, whose weights are transposed.
+    transposed = any(type(part).__name__ == "Conv1D" for part in model.modules())
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, model)
 
 
 def _checkpointing(model: Any) -> Iterator[nn.Module]:

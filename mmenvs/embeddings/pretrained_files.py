@@ -94,11 +94,11 @@ def find_folder(source: str, local_files_only: bool) -> Path:
         ) from error
 
 
-def check_folder(folder: Path, source: str, text: bool) -> None:
+def check_folder(folder: Path, source: str, choices: tuple[str, ...]) -> None:
     """Check that ``folder`` has all the files of a model, none of them a danger.
 
     Args:
-        text: whether it must have a tokenizer; else it must have a processor.
+        choices: files of which it must have one, such as ``TOKENIZERS``; it may be none.
 
     Raises:
         FileNotFoundError: with all files that are missing.
@@ -122,8 +122,7 @@ def check_folder(folder: Path, source: str, text: bool) -> None:
                 f"read, so it isn't; save the model as {WEIGHTS} (save_pretrained of transformers does)"
             )
         missing.append(WEIGHTS)
-    choices = TOKENIZERS if text else PROCESSORS
-    if not any((folder / name).is_file() for name in choices):
+    if choices and not any((folder / name).is_file() for name in choices):
         missing.append(choices[0])
     if missing:
         raise FileNotFoundError(f"{source!r} lacks {', '.join(missing)} (looked in {str(folder)!r})")

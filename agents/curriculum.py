@@ -1,0 +1,92 @@
+"""Curriculum over difficulty: an agent begins with the easiest episodes and goes on to harder ones as it succeeds.
+
+Bengio et al. 2009, "Curriculum learning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from mmenvs.checks import integer_in
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """When an agent is promoted to the next difficulty.
+
+    Attributes:
+        last: difficulty at which it stays; it begins at 0.
+        threshold: share of successful training episodes above which it is promoted.
+        window: it is judged by so many episodes at a time, all of them of the present difficulty.
+    """
+
+    last: int
+    threshold: float = 0.8
+    window: int = 1000
+
+    def __post_init__(self) -> None:
+        integer_in("difficulty of a curriculum", self.last, 1, 3)
+        integer_in("window", self.window, 1, 10**9)
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
+            raise TypeError(f"threshold must be a number from 0 to 1, got {self.threshold!r}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold must be at least 0 and under 1, got {self.threshold}")
+
+    def check(self, id: str, env_kwargs: Mapping[str, Any], names: Iterable[str]) -> None:
+        """Refuse environments that look different at another difficulty.
+
+        Args:
+            id, env_kwargs: environment of this suite.
+            names: observations that the agent sees.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        if "source" in env_kwargs:
+            raise ValueError("a curriculum is over the difficulties of the world; source=... has none")
+        spaces: list[dict[str, Any]] = []
+        for level in range(self.last + 1):
+            env = gym.make_vec(id, num_envs=1, **{**env_kwargs, "difficulty": level})
+            seen: Any = env.single_observation_space
+            spaces.append({**{name: seen[name] for name in names}, "action": env.single_action_space})
+            env.close()
+        for level, at in enumerate(spaces):
+            for name, space in at.items():
+                if space != spaces[0][name]:
+                    raise ValueError(
+                        f"a curriculum needs the same spaces at every difficulty, but {name!r} of {id} is {spaces[0][name]} "
+                        f"at 0 and {space} at {level}"
+                    )
+
+
+@dataclass
+class Progress:
+    """How far an agent is in its curriculum.
+
+    Attributes:
+        level: its difficulty.
+        episodes, successes: counted since it was last judged.
+    """
+
+    level: int = 0
+    episodes: int = 0
+    successes: int = 0
+
+    def count(self, curriculum: Curriculum, episodes: int, successes: int) -> float | None:
+        """Count training episodes in; the success with which they promote the agent, or None if they don't."""
+        if self.level == curriculum.last:
+            return None
+        self.episodes += episodes
+        self.successes += successes
+        if self.episodes < curriculum.window:
+            return None
+        rate = self.successes / self.episodes
+        self.episodes = self.successes = 0
+        if rate <= curriculum.threshold:
+            return None
+        self.level += 1
+        return rate

@@ -1,0 +1,98 @@
+"""Curriculum over difficulty: promotions, what is logged of them, and that they survive a restart."""
+
+from dataclasses import replace
+
+import gymnasium as gym
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmenvs_agents.curriculum import Curriculum, Progress
+from mmenvs_agents.transformer.agent import TransformerAgent
+from typer.testing import CliRunner
+
+from mmenvs.cli import app
+from tests.tiny_transformer import CAPTIONING, QUICK, SMALL, VQA, make_agent
+
+EAGER = Curriculum(2, threshold=0.0, window=150)  # a single success promotes
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.floats(0, 1)), max_size=40))
+def test_promotions_by_hand(rollouts):
+    curriculum, progress = Curriculum(2, 0.5, 40), Progress()
+    level, pending = 0, []
+    for episodes, share in rollouts:
+        successes = round(episodes * share)
+        got = progress.count(curriculum, episodes, successes)
+        pending += [1] * successes + [0] * (episodes - successes)
+        expected = None
+        if level < 2 and len(pending) >= 40:
+            if sum(pending) / len(pending) > 0.5:
+                level, expected = level + 1, sum(pending) / len(pending)
+            pending = []
+        assert got == expected and progress.level == level
+
+
+@pytest.mark.parametrize("id", [VQA, CAPTIONING])
+def test_it_begins_at_the_bottom(id):
+    agent = make_agent(id, curriculum=Curriculum(2))
+    assert agent.settings.env_kwargs["difficulty"] == 2 and agent.get_env().unwrapped.task.difficulty == 0
+
+
+def test_it_rises_is_logged_and_goes_on_bit_by_bit(tmp_path):
+    recipe = replace(QUICK, num_envs=16)
+
+    def agent():
+        return make_agent(VQA, recipe, curriculum=EAGER)
+
+    straight, levels = agent(), []
+    straight.learn(
+        1200, lambda a: levels.append(a.get_env().unwrapped.task.difficulty), out=tmp_path / "straight"
+    )
+    assert levels == sorted(levels) and levels[0] == 0 and levels[-1] == 2 and 1 in levels
+    lines = (tmp_path / "straight" / "progress_0.csv").read_text().splitlines()
+    column = lines[0].split(",").index("curriculum/difficulty")
+    assert [int(float(line.split(",")[column])) for line in lines[1:]] == levels
+    first = levels.index(1) + 2  # amid the second level's window
+    broken = agent()
+    broken.learn(1200, lambda a: a.iteration < first)
+    broken.save(tmp_path / "broken")
+    again = TransformerAgent.load(tmp_path / "broken", device="cpu")
+    assert again.progress == broken.progress and again.progress.episodes > 0
+    assert again.get_env().unwrapped.task.difficulty == 1
+    again.learn(1200)
+    for one, other in zip(straight.policy.parameters(), again.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
+    other = gym.make_vec(VQA, num_envs=4, **SMALL)
+    assert TransformerAgent.load(tmp_path / "broken", other, device="cpu").get_env() is other
+
+
+def test_on_the_command_line(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+    out = tmp_path / "vqa"
+    common = ("train", VQA, "--agent", "transformer", "--num-envs", 2, "--device", "cpu", "--out", out)
+    assert "after 32 steps" in run(*common, "--curriculum", "--difficulty", 1, "--steps", 32).output
+    assert "after 64 steps" in run(*common, "--resume", "--steps", 64, "--curriculum").output
+    assert TransformerAgent.load(out, device="cpu").settings.curriculum == Curriculum(1)
+    for options, message in (
+        (("--agent", "transformer"), "difficulty of a curriculum must be from 1"),
+        (("--agent", "ppo", "--difficulty", 1), "curriculum is of --agent transformer"),
+    ):
+        result = run("train", VQA, "--curriculum", "--out", tmp_path / "b", "--device", "cpu", *options)
+        assert result.exit_code == 2 and message in result.output
+
+
+def test_what_does_not_fit():
+    for wrong in ({"last": 0}, {"last": 1, "window": 0}, {"last": 1, "threshold": 1.0}):
+        with pytest.raises(ValueError, match="must be"):
+            Curriculum(**wrong)
+    with pytest.raises(ValueError, match="curriculum goes with an id"):
+        make_agent(gym.make_vec(VQA, num_envs=2), curriculum=EAGER)
+    with pytest.raises(
+        ValueError, match=r"'caption' of MMRL/Captioning-v0 is Box.*12.* at 0 and Box.*20.* at 1"
+    ):
+        Curriculum(1).check(CAPTIONING, {}, ("image", "caption"))
+    with pytest.raises(ValueError, match="source"):
+        Curriculum(1).check(VQA, {"source": object()}, ("image",))
