@@ -479,4 +479,4 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 # They register their commands on ``app``, which they import from here.
-from mmenvs import cli_benchmark, cli_embeddings, cli_vlm  # noqa: F401
+from mmenvs import cli_benchmark, cli_distill, cli_embeddings, cli_vlm  # noqa: F401

@@ -77,6 +77,10 @@ class ActionHead(nn.Module, ABC):
         """Entropy in nats, ``(...)`` float32."""
 
     @abstractmethod
+    def kl(self, described: Tensor, other: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of ``other`` from ``described``, KL(described || other) in nats, ``(...)`` float32."""
+
+    @abstractmethod
     def embed(self, raw: Tensor) -> Tensor:
         """Raw actions ``(..., A)`` as tokens ``(..., width)``."""
 
@@ -122,6 +126,10 @@ class Categorical(ActionHead):
 
     def entropy(self, described: Tensor) -> Tensor:
         return -torch.stack([(p.exp() * p).sum(-1) for p in self._log_probs(described)], -1).sum(-1)
+
+    def kl(self, described: Tensor, other: Tensor) -> Tensor:
+        pairs = zip(self._log_probs(described), self._log_probs(other), strict=True)
+        return torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in pairs], -1).sum(-1)
 
     def embed(self, raw: Tensor) -> Tensor:
         return self.tokens(raw + self.offsets).sum(-2)
@@ -184,6 +192,13 @@ class SquashedGaussian(ActionHead):
         )  # (..., nodes, A)
         stretched = (self._log_slope(points) * self.weights.unsqueeze(-1)).sum(-2)
         return (plain + stretched).sum(-1)
+
+    def kl(self, described: Tensor, other: Tensor) -> Tensor:
+        """Of the Gaussians: tanh and scale change it nothing, as they can be undone."""
+        (mean, log_std), (mean_q, log_std_q) = self._moments(described), self._moments(other)
+        ratio = 2 * (log_std - log_std_q)
+        far = (mean - mean_q) * (-log_std_q).exp()
+        return 0.5 * (ratio.exp() + far.square() - 1 - ratio).sum(-1)
 
     def embed(self, raw: Tensor) -> Tensor:
         return self.token(torch.tanh(raw))

@@ -291,10 +291,14 @@ class TransformerAgent:
             self._generator("shuffle", self.iteration),
             self.devices,
         )
+        self._counted(rollout)
+        return log
+
+    def _counted(self, rollout: Rollout) -> None:
+        """Note that the rollout has been learned from."""
         self.iteration += 1
         self._learned += int(self.devices.total(torch.tensor(rollout.steps)))
         self.num_timesteps = self._learned
-        return log
 
     def _judged(self, rollout: Rollout, hooks: Hooks) -> dict[str, float]:
         """What is logged of the curriculum, once the rollout's episodes have been counted in."""

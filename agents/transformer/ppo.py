@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -118,6 +119,15 @@ def ppo_loss(
     return policy_loss, value_loss
 
 
+def minibatches(
+    count: int, recipe: PPORecipe, generator: torch.Generator, devices: Devices
+) -> Iterator[Tensor]:
+    """Which of ``count`` episodes, ``(b,)`` int64, each minibatch holds; there are as many in every process."""
+    parts = min(recipe.minibatches, devices.least(count))
+    for _ in range(recipe.epochs):
+        yield from torch.randperm(count, generator=generator).tensor_split(parts)
+
+
 def update(
     policy: TransformerPolicy,
     optimizer: torch.optim.Optimizer,
@@ -157,10 +167,8 @@ def update(
     known = torch.stack([rollout.log_probs, advantages, rollout.values, targets], -1)  # (B, T, 4)
 
     log: defaultdict[str, list[float]] = defaultdict(list)
-    count, updates = len(lengths), 0
-    minibatches = min(recipe.minibatches, devices.least(count))
-    shuffled = (torch.randperm(count, generator=generator) for _ in range(recipe.epochs))
-    for batch in (part for order in shuffled for part in order.tensor_split(minibatches)):
+    updates = 0
+    for batch in minibatches(len(lengths), recipe, generator, devices):
         optimizer.zero_grad()
         total, sums = int(devices.total(lengths[batch].sum())), torch.zeros(len(_LOGGED))
         for part in batch.tensor_split(min(recipe.accumulate, len(batch))):
