@@ -31,6 +31,8 @@ class ActionHead(nn.Module, ABC):
         out: the linear layer, ``(..., width)`` to ``(..., K)``.
         dtype: of raw actions.
         maskable: whether actions can be masked.
+        temperature: of all distributions, wherever they are used (Boltzmann exploration): probabilities are those of 1
+            to the power of 1 / temperature, normalised; for ``Box``, those of the Gaussian.
     """
 
     size: int
@@ -40,7 +42,7 @@ class ActionHead(nn.Module, ABC):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.temperature = outputs, 1.0
         self.out = nn.Linear(width, outputs)
         nn.init.normal_(self.out.weight, std=0.01 / width**0.5)
         nn.init.zeros_(self.out.bias)
@@ -53,7 +55,7 @@ class ActionHead(nn.Module, ABC):
             mask: ``(..., K)`` bool, False at actions that are not allowed; for ``Discrete`` and ``MultiDiscrete``,
                 whose components lie one after the other.
         """
-        described = F.linear(hidden.float(), self.out.weight, self.out.bias)
+        described = self.tempered(F.linear(hidden.float(), self.out.weight, self.out.bias))
         if mask is None:
             return described
         if not self.maskable:
@@ -63,6 +65,10 @@ class ActionHead(nn.Module, ABC):
                 f"action mask must be {tuple(described.shape)} bool, got {tuple(mask.shape)} {mask.dtype}"
             )
         return described.masked_fill(~mask, _NEVER)
+
+    @abstractmethod
+    def tempered(self, described: Tensor) -> Tensor:
+        """The distributions ``(..., K)`` at the ``temperature``."""
 
     @abstractmethod
     def sample(self, described: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -106,6 +112,9 @@ class Categorical(ActionHead):
         nn.init.normal_(self.tokens.weight, std=1.0 / self.size**0.5)
         offsets = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
         self.register_buffer("offsets", offsets, persistent=False)
+
+    def tempered(self, described: Tensor) -> Tensor:
+        return described / self.temperature
 
     def _log_probs(self, described: Tensor) -> list[Tensor]:
         return [part.log_softmax(-1) for part in described.split(self.sizes, -1)]
@@ -162,6 +171,10 @@ class SquashedGaussian(ActionHead):
         self.register_buffer("nodes", nodes, persistent=False)
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
         self.token = nn.Linear(size, width)
+
+    def tempered(self, described: Tensor) -> Tensor:
+        mean, log_std = described.chunk(2, -1)
+        return torch.cat([mean, log_std + 0.5 * math.log(self.temperature)], -1)
 
     def _moments(self, described: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = described.chunk(2, -1)
