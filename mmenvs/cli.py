@@ -202,6 +202,9 @@ def train(
         bool,
         typer.Option(help="Of the transformer: begin at difficulty 0, rise to --difficulty as it succeeds."),
     ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the transformer's actions; default 1, over it explores more.")
+    ] = None,
     compile: Annotated[bool, typer.Option(help="torch.compile the transformer's updates.")] = False,
     precision: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; default is what is fast on the device.")
@@ -219,8 +222,9 @@ def train(
             if encoder is not None:
                 raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
             model, kwargs = load_agent(out, device, source, compile)
-            asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
+            asked: dict[str, Any] = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
             asked |= {"precision": precision, "curriculum": curriculum or None}
+            asked["temperature"] = temperature
             saved = {name: getattr(model.settings, name, None) for name in asked}
             asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
             saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
@@ -251,6 +255,7 @@ def train(
                 lora=lora,
                 compile=compile,
                 curriculum=curriculum,
+                temperature=temperature,
                 precision=precision,
                 device=device,
                 seed=seed or 0,
@@ -354,6 +359,7 @@ def make_agent(
     lora: int | None = None,
     compile: bool = False,
     curriculum: bool = False,
+    temperature: float | None = None,
     **arguments: Any,
 ) -> Any:
     """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
@@ -370,6 +376,7 @@ def make_agent(
         ppo, module = agents("transformer.ppo"), agents("transformer.agent")
         recipe = ppo.PPORecipe(**({} if num_envs is None else {"num_envs": num_envs}))
         arguments |= {"backbone": backbone, "lora": lora or 0, "compile": compile}
+        arguments["temperature"] = 1.0 if temperature is None else temperature
         if curriculum:
             arguments["curriculum"] = agents("curriculum").Curriculum(env_kwargs["difficulty"])
         model = module.TransformerAgent(id, size or "nano", recipe=recipe, **arguments)
@@ -379,6 +386,7 @@ def make_agent(
             "backbone": backbone,
             "lora": lora,
             "compile": compile or None,
+            "temperature": temperature,
             "curriculum": curriculum or None,
         }.items():
             if value is not None:
@@ -479,4 +487,4 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 # They register their commands on ``app``, which they import from here.
-from mmenvs import cli_benchmark, cli_embeddings, cli_vlm  # noqa: F401
+from mmenvs import cli_benchmark, cli_distill, cli_embeddings, cli_vlm  # noqa: F401

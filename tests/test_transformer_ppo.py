@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmenvs_agents.transformer import ppo
+from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.episodes import Episodes
 from mmenvs_agents.transformer.rollout import collect
 
@@ -144,6 +145,33 @@ def test_action_masks_of_the_infos_are_kept_to():
     observation, _ = envs.reset(seed=0)
     actions, _ = agent.predict(observation, action_masks=np.tile([False, False, False, True], (4, 1)))
     assert (actions == 4).all()
+
+
+@pytest.mark.parametrize("actions", ["discrete", "multi", "box"])
+def test_temperature_is_that_of_rollouts_and_of_updates(actions, tmp_path):
+    hot, plain = (make_agent(recall(4, actions=actions), temperature=t) for t in (2.0, 1.0))
+    for agent in (hot, plain):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(agent.policy.actor.out.weight, std=0.3)
+    rollout = collect(hot.policy, hot.get_env(), 5, 4, torch.Generator().manual_seed(0))
+    episodes, head, valid = rollout.episodes, hot.policy.actor, rollout.episodes.valid
+    (described, _), (cold, _) = hot.policy(episodes), plain.policy(episodes)
+    log_probs = head.log_prob(described, episodes.actions)
+    torch.testing.assert_close(log_probs[valid], rollout.log_probs[valid], atol=1e-5, rtol=1e-5)
+    # Probabilities to the power of a half, but for a factor.
+    drawn = head.sample(cold.expand(50, *cold.shape), torch.Generator().manual_seed(1))
+    power, base = (head.log_prob(d.expand(50, *d.shape), drawn) for d in (described, cold))
+    if actions == "box":
+        slope = head._log_slope(drawn).sum(-1)
+        power, base = power + slope, base + slope
+    left = power - base / 2
+    torch.testing.assert_close(left, left[:1].expand_as(left), atol=1e-3, rtol=1e-3)
+    assert (base.std(0) > 1e-3).any() and (head.entropy(described) != head.entropy(cold)).all()
+    hot.save(tmp_path)
+    again = TransformerAgent.load(tmp_path, recall(4, actions=actions), device="cpu")
+    assert again.policy.actor.temperature == 2.0
+    with pytest.raises(ValueError, match=r"temperature must be from 0\.01"):
+        make_agent(temperature=0.0)
 
 
 # --- learning

@@ -31,6 +31,8 @@ class ActionHead(nn.Module, ABC):
         out: the linear layer, ``(..., width)`` to ``(..., K)``.
         dtype: of raw actions.
         maskable: whether actions can be masked.
+        temperature: of all distributions, wherever they are used (Boltzmann exploration): probabilities are those of 1
+            to the power of 1 / temperature, normalised; for ``Box``, those of the Gaussian.
     """
 
     size: int
@@ -40,7 +42,7 @@ class ActionHead(nn.Module, ABC):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.temperature = outputs, 1.0
         self.out = nn.Linear(width, outputs)
         nn.init.normal_(self.out.weight, std=0.01 / width**0.5)
         nn.init.zeros_(self.out.bias)
@@ -53,7 +55,7 @@ class ActionHead(nn.Module, ABC):
             mask: ``(..., K)`` bool, False at actions that are not allowed; for ``Discrete`` and ``MultiDiscrete``,
                 whose components lie one after the other.
         """
-        described = F.linear(hidden.float(), self.out.weight, self.out.bias)
+        described = self.tempered(F.linear(hidden.float(), self.out.weight, self.out.bias))
         if mask is None:
             return described
         if not self.maskable:
@@ -63,6 +65,10 @@ class ActionHead(nn.Module, ABC):
                 f"action mask must be {tuple(described.shape)} bool, got {tuple(mask.shape)} {mask.dtype}"
             )
         return described.masked_fill(~mask, _NEVER)
+
+    @abstractmethod
+    def tempered(self, described: Tensor) -> Tensor:
+        """The distributions ``(..., K)`` at the ``temperature``."""
 
     @abstractmethod
     def sample(self, described: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -75,6 +81,10 @@ class ActionHead(nn.Module, ABC):
     @abstractmethod
     def entropy(self, described: Tensor) -> Tensor:
         """Entropy in nats, ``(...)`` float32."""
+
+    @abstractmethod
+    def kl(self, described: Tensor, other: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of ``other`` from ``described``, KL(described || other) in nats, ``(...)`` float32."""
 
     @abstractmethod
     def embed(self, raw: Tensor) -> Tensor:
@@ -111,6 +121,9 @@ class Categorical(ActionHead):
         offsets = torch.tensor([0, *self.sizes[:-1]]).cumsum(0)
         self.register_buffer("offsets", offsets, persistent=False)
 
+    def tempered(self, described: Tensor) -> Tensor:
+        return described / self.temperature
+
     def _log_probs(self, described: Tensor) -> list[Tensor]:
         return [part.log_softmax(-1) for part in described.split(self.sizes, -1)]
 
@@ -130,6 +143,10 @@ class Categorical(ActionHead):
 
     def entropy(self, described: Tensor) -> Tensor:
         return -torch.stack([(p.exp() * p).sum(-1) for p in self._log_probs(described)], -1).sum(-1)
+
+    def kl(self, described: Tensor, other: Tensor) -> Tensor:
+        pairs = zip(self._log_probs(described), self._log_probs(other), strict=True)
+        return torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in pairs], -1).sum(-1)
 
     def embed(self, raw: Tensor) -> Tensor:
         return self.tokens(raw + self.offsets).sum(-2)
@@ -166,6 +183,10 @@ class SquashedGaussian(ActionHead):
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
         self.token = nn.Linear(size, width)
 
+    def tempered(self, described: Tensor) -> Tensor:
+        mean, log_std = described.chunk(2, -1)
+        return torch.cat([mean, log_std + 0.5 * math.log(self.temperature)], -1)
+
     def _moments(self, described: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = described.chunk(2, -1)
         return mean, log_std.clamp(*_LOG_STD)
@@ -195,6 +216,13 @@ class SquashedGaussian(ActionHead):
         )  # (..., nodes, A)
         stretched = (self._log_slope(points) * self.weights.unsqueeze(-1)).sum(-2)
         return (plain + stretched).sum(-1)
+
+    def kl(self, described: Tensor, other: Tensor) -> Tensor:
+        """Of the Gaussians: tanh and scale change it nothing, as they can be undone."""
+        (mean, log_std), (mean_q, log_std_q) = self._moments(described), self._moments(other)
+        ratio = 2 * (log_std - log_std_q)
+        far = (mean - mean_q) * (-log_std_q).exp()
+        return 0.5 * (ratio.exp() + far.square() - 1 - ratio).sum(-1)
 
     def embed(self, raw: Tensor) -> Tensor:
         return self.token(torch.tanh(raw))

@@ -78,6 +78,7 @@ class TransformerAgent:
             :class:`~mmenvs_agents.transformer.model.Backbone`; of ``size`` only ``token_width`` counts then.
         lora: rank of the adapters that train in the backbone's place; 0 trains all its weights.
         curriculum: begin at difficulty 0 and rise to that in ``env_kwargs``, which is ``curriculum.last``; with an id only.
+        temperature: of the policy, in play and in learning: over 1 it tries more, under 1 less (Boltzmann exploration).
         compile: ``torch.compile`` the trunk in updates, on CUDA, or on a CPU with a C++ compiler. It takes a minute, and a
             checkpoint doesn't remember it.
 
@@ -113,6 +114,7 @@ class TransformerAgent:
         backbone: str | Backbone | None = None,
         lora: int = 0,
         curriculum: Curriculum | None = None,
+        temperature: float = 1.0,
         compile: bool = False,
     ) -> None:
         self.devices = Devices(device)
@@ -144,6 +146,10 @@ class TransformerAgent:
         if backbone is not None and not isinstance(backbone, Backbone):
             backbone = Backbone(backbone, lora)
         _check_compile(compile, self.device)
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+            raise TypeError(f"temperature must be a number, got {temperature!r}")
+        if not 0.01 <= temperature <= 100:
+            raise ValueError(f"temperature must be from 0.01 to 100, got {temperature}")
         if curriculum is not None:
             if not isinstance(env, str):
                 raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
@@ -173,6 +179,7 @@ class TransformerAgent:
             restraints=restraints,
             backbone=backbone,
             curriculum=curriculum,
+            temperature=float(temperature),
         )
         self.observation_space, self.action_space = seen, envs.single_action_space
         settings = self.settings
@@ -197,6 +204,7 @@ class TransformerAgent:
             self.optimizer = Muon(
                 self.policy, heads, recipe.learning_rate, pretrained=trunk.model, scale=trunk.scale
             )
+        self.policy.actor.temperature = settings.temperature
         if compile:
             self.policy.compile_trunk()
         self.num_timesteps = self.iteration = 0
@@ -342,10 +350,14 @@ class TransformerAgent:
             self.devices,
         )
         self.coefficients = restraints.adapt(self.coefficients, rollout, log, self.devices)
+        self._counted(rollout)
+        return log | restraints.logged(self.coefficients)
+
+    def _counted(self, rollout: Rollout) -> None:
+        """Note that the rollout has been learned from."""
         self.iteration += 1
         self._learned += int(self.devices.total(torch.tensor(rollout.steps)))
         self.num_timesteps = self._learned
-        return log | restraints.logged(self.coefficients)
 
     def _judged(self, rollout: Rollout, hooks: Hooks) -> dict[str, float]:
         """What is logged of the curriculum, once the rollout's episodes have been counted in."""
@@ -491,6 +503,7 @@ class TransformerAgent:
             backbone = _backbone_of(settings)
             found = settings.get("curriculum")
             curriculum = None if found is None or env is not None else Curriculum(**found)
+            arguments["temperature"] = settings.get("temperature", 1.0)
             progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
             if curriculum is not None:
                 integer_in("level", progress.level, 0, curriculum.last)

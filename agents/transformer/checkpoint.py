@@ -46,6 +46,7 @@ class Settings:
         recipe, method, restraints: how it learns.
         algo: how the command line names this agent.
         backbone: language model in the trunk's place, with its configuration.
+        temperature: of the policy.
         curriculum: how the difficulty rises to that in ``env_kwargs``.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     algo: str = KIND
     backbone: Backbone | None = None
     curriculum: Curriculum | None = None
+    temperature: float = 1.0
 
     @property
     def size(self) -> str | ModelConfig:
