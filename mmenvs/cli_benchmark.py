@@ -51,7 +51,14 @@ def benchmark(
     episodes: Annotated[
         int | None, typer.Option(min=8, help="Episodes of an evaluation in place of the suite's.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, auto or HOST:PORT; default: this machine alone.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(help="With ray and cuda: GPUs of a run, such as 0.25.")] = 1.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side (default 1); Ray fills its machines.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch and numba in each process.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a run may take.")] = 7200.0,
     mix: Annotated[bool, typer.Option("--mix", help="Add to rows of another version of the code.")] = False,
@@ -80,8 +87,11 @@ def benchmark(
             "device": device,
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})
+        if engine == "ray" and workers is not None:
+            raise ValueError(f"workers is for engine='local', got {workers}: Ray fills the machines it has")
         options: dict[str, Any] = {
-            "resume": resume is not None, "workers": workers, "threads": threads, "timeout": timeout, "mix": mix,
+            "resume": resume is not None, "workers": workers or 1, "threads": threads, "timeout": timeout, "mix": mix,
+            "engine": engine, "address": address, "gpus": gpus,
         }  # fmt: skip
         try:
             if Console().is_terminal:
