@@ -32,7 +32,10 @@ def benchmark(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="module:Class of your own, anything with predict(); may be repeated."),
+        typer.Option(
+            help="module:Class of your own, anything with predict(), or hf:MODEL, a vision-language model; may be "
+            "repeated."
+        ),
     ] = None,
     embeddings: Annotated[
         str | None, typer.Option(help="ENCODER+FUSION, such as cnn+concat (default),shapes+cross_attention.")
@@ -65,7 +68,7 @@ def benchmark(
     device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
 ) -> None:
     """Run a suite: agents x embeddings x tasks x seeds. --resume does what is missing, and what failed again."""
-    from mmenvs.benchmark import runner
+    from mmenvs.benchmark import players, runner
     from mmenvs.benchmark.plan import Plan
 
     with user_errors():
@@ -76,7 +79,7 @@ def benchmark(
         plan = Plan() if resume is None else Plan.load(resume)
         agents = None if algorithms is None else tuple(parse_list(algorithms))
         if policy:
-            agents = (*(agents or plan.agents), *(f"policy:{name}" for name in policy))
+            agents = (*(agents or plan.agents), *map(players.policy_name, policy))
         given: dict[str, Any] = {
             "suite": suite,
             "agents": agents,

@@ -32,14 +32,17 @@ class Checked:
         predict: of the agent.
         name: for messages.
         tell: is called at most every half second.
+        wrap: of the agent, see ``mmenvs_agents.evaluation.evaluate``.
 
     Attributes:
         decisions, seconds: actions chosen and the time it took.
         examples: the actions of the first episode of each of the first ``EXAMPLES`` rows since ``watch``.
     """
 
-    def __init__(self, predict: Callable[..., Any], name: str, tell: Callable[[], Any]) -> None:
-        self._predict, self.name, self.tell = predict, name, tell
+    def __init__(
+        self, predict: Callable[..., Any], name: str, tell: Callable[[], Any], wrap: Any = None
+    ) -> None:
+        self._predict, self.name, self.tell, self.wrap = predict, name, tell, wrap
         self.decisions, self.seconds, self._told = 0, 0.0, time.perf_counter()
         self.examples: list[list[int]] = []
         self._watched: list[bool] = []
@@ -121,7 +124,7 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
 
     checked: Any = agent
     if run["agent"] not in BASELINES:
-        checked = Checked(agent.predict, run["agent"], tell_score)
+        checked = Checked(agent.predict, run["agent"], tell_score, getattr(agent, "wrap", None))
     for step, state in _before(policies):
         agent.policy.load_state_dict(state)
         found = _score(checked, run, "test", few_episodes(run["episodes"]))
@@ -210,7 +213,7 @@ def _last(agent: Any, checked: Any, run: Mapping[str, Any]) -> Row:
             scores[f"{split}/sampled"] = _without_returns(found)
     if not baseline:
         scores |= _dropped(agent, checked, run, few)
-    policy: Any = getattr(agent, "policy", None)
+    policy: Any = getattr(agent, "policy", getattr(agent, "model", None))
     parameters = sum(x.numel() for x in policy.parameters()) if hasattr(policy, "parameters") else None
     speed = checked.decisions / checked.seconds if not baseline and checked.seconds else None
     return {

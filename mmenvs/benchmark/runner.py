@@ -180,11 +180,11 @@ def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
             "or say --mix to have both in one report, which will say so"
         )
     for name, code in codes.items():
-        if name.startswith(players.POLICY):
+        if name.startswith((players.POLICY, players.VLM)):
             changed = store.codes(name).keys() - {code}
             if changed:
                 raise ValueError(
-                    f"rows of {name} in {str(store.path)!r} come from another version of its module: "
+                    f"rows of {name} in {str(store.path)!r} come from another version of its files: "
                     "choose another folder, or say --mix"
                 )
 

@@ -131,7 +131,7 @@ def run_all(
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
         # Thread counts are read when the libraries are loaded, so they must be there before.
         variables = dict.fromkeys(THREADS, str(threads))
         remote = ray.remote(_execute).options(max_retries=0, runtime_env={"env_vars": variables}, **needed)
@@ -209,7 +209,7 @@ def _execute(
         message = (
             f"machine {socket.gethostname()!r} has another version of the code: {here} in place of {code}"
         )
-        return "error", ("ValueError", message), machine(device)
+        return "error", ("ValueError", message, ""), machine(device)
     return *attempt(execute, run, device, tell), machine(device)
 
 
@@ -222,5 +222,6 @@ def _result(task: Any, run: Mapping[str, Any], seconds: float) -> Done:
         reason = str(error).strip().partition("\n")[0]
         return failed(run, seconds, "WorkerDied", f"process or machine of the run was lost: {reason}")
     if kind == "error":
-        return failed(run, seconds, *content, machine=machine)
+        name, message, trace = content
+        return failed(run, seconds, name, message, trace, machine)
     return Done(run, content, seconds, machine)
