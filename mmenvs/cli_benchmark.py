@@ -21,7 +21,10 @@ _LAST = 8  # finished runs that the live table shows
 @app.command()
 def benchmark(
     suite: Annotated[
-        str | None, typer.Option(help="core (default), audio, sequential, full; or with a version, core-v0.")
+        str | None,
+        typer.Option(
+            help="core (default), audio, sequential, generalization, full; or with a version, core-v0."
+        ),
     ] = None,
     algorithms: Annotated[
         str | None,

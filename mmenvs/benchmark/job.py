@@ -15,6 +15,7 @@ from mmenvs.benchmark.measure import Recorder, score_of, space_of, without
 from mmenvs.benchmark.pool import Tell
 from mmenvs.benchmark.rows import Row, plain
 from mmenvs.benchmark.store import MAIN
+from mmenvs.benchmark.suites import HARDER
 from mmenvs.benchmark.summary import BASELINES, few_episodes
 from mmenvs.embeddings.extractor import extractor_in
 from mmenvs.perturbations import VectorPerturbObservation
@@ -253,12 +254,13 @@ def _score(
     # Sampled actions come from global generators.
     set_random_seed(run["seed"])
     evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
+    harder = split == HARDER
     result = evaluate(
         player,
         run["id"],
-        split=split,
+        split="test" if harder else split,
         episodes=episodes,
-        env_kwargs={"difficulty": run["difficulty"]},
+        env_kwargs={"difficulty": run["difficulty"] + harder},
         seed=run["episode_seed"],
         deterministic=deterministic,
         wrap=wrap,

@@ -11,6 +11,7 @@ from mmenvs.registry import SPECS
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
 # Steps of training: what a small network learns within about five minutes of one core.
 STEPS = {VQA: 200_000, CAPTIONING: 150_000, MATCHING: 60_000}
+HARDER = "harder"  # among a suite's splits: the test split at the next difficulty
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Suite:
         name: such as ``"core-v0"``; a suite with changed budgets carries the change in its name.
         tasks: agents train on the train split of each.
         seeds: how many runs of each agent on each task; the seeds are 0, 1, 2 ...
-        splits: the final evaluations are on these.
+        splits: the final evaluations are on these; ``"harder"`` is the test split at the next difficulty, of
+            tasks whose spaces are the same there.
         episodes: of an evaluation on a split; other evaluations take a quarter.
         episode_seed: names the evaluation episodes, the same for all agents and seeds.
         checkpoints: shares of the steps at which the policy is scored on the way.
@@ -68,6 +70,12 @@ SUITES: dict[str, Suite] = {
         Suite("core-v0", _tasks((VQA, CAPTIONING, MATCHING), (0, 1))),
         Suite("audio-v0", _tasks((MATCHING,), (0, 1, 2, 3))),
         Suite("sequential-v0", _tasks((CAPTIONING,), (0, 1, 2, 3))),
+        # Captions get longer with the difficulty, so that an agent of one level can't play the next.
+        Suite(
+            "generalization-v0",
+            _tasks((VQA, MATCHING), (0, 1, 2)),
+            splits=("test", "compositional", HARDER),
+        ),
         Suite("full-v0", _tasks((VQA, CAPTIONING, MATCHING), (0, 1, 2, 3))),
     )
 }
