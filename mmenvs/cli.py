@@ -19,7 +19,9 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 from mmenvs import media
+from mmenvs.benchmark.summary import count
 from mmenvs.checks import one_of
+from mmenvs.files import out_folder
 from mmenvs.registry import SPECS, task_class
 from mmenvs.world.scene import SPLITS
 
@@ -148,7 +150,7 @@ def show(
     env.close()
     with user_errors():
         media.write(out, frames, media.FPS, sound)
-    typer.echo(f"{episodes} episodes: mean return {np.mean(returns):.3f}, {sum(successes)} solved")
+    typer.echo(f"{count(episodes, 'episode')}: mean return {np.mean(returns):.3f}, {sum(successes)} solved")
     typer.echo(f"written: {out}")
 
 
@@ -216,8 +218,7 @@ def train(
                 raise ValueError(
                     f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
                 )
-            if out.exists() and not out.is_dir():
-                raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+            out_folder(out)
             model = make_agent(
                 id,
                 agent or "ppo",
@@ -230,7 +231,6 @@ def train(
                 encoders=None if encoder is None else encoders_of(encoder, id, source),
                 num_envs=num_envs,
             )
-            out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finished = agents("transformer.agent" if is_transformer(model) else "sb3").train(model, total, out)
     typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
@@ -278,7 +278,9 @@ def evaluate(
         )
         return
     first = results["agent"]
-    typer.echo(f"{first.id}, split {split}, difficulty {first.difficulty}, {episodes} episodes, seed {seed}")
+    typer.echo(
+        f"{first.id}, split {split}, difficulty {first.difficulty}, {count(episodes, 'episode')}, seed {seed}"
+    )
     print_results(results)
 
 

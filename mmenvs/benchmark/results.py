@@ -29,7 +29,7 @@ from mmenvs.benchmark.stats import Interval
 from mmenvs.benchmark.store import MAIN, Store
 from mmenvs.benchmark.suites import HARDER
 from mmenvs.benchmark.summary import BASELINES, count
-from mmenvs.files import replacing
+from mmenvs.files import out_folder, replacing
 
 TITLE = "Benchmark"
 _DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -55,7 +55,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
 
     Raises:
         FileNotFoundError: if there are no results.
-        ValueError: if the store is damaged or holds no finished run.
+        ValueError: if the store is damaged or holds no finished run, or ``out`` can't be written to.
     """
     folder = Path(folder)
     suite = Plan.load(folder).the_suite().name if (folder / NAME).is_file() else None
@@ -63,7 +63,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
         board = read(store, suite)
     sections = tables(board)
     drawn = figures(board)
-    out.mkdir(parents=True, exist_ok=True)
+    out_folder(out)
     for name, svg in drawn.items():
         with replacing(out / "figures" / f"{name}.svg") as file:
             file.write_text(plots.standalone(svg), encoding="utf-8")

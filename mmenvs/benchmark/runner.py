@@ -19,6 +19,7 @@ from mmenvs.benchmark.rows import locked
 from mmenvs.benchmark.store import MAIN, Store
 from mmenvs.benchmark.summary import count, run_key
 from mmenvs.checks import integer_in, one_of
+from mmenvs.files import out_folder
 
 
 class Watcher(Protocol):
@@ -125,10 +126,7 @@ def benchmark(
     ray = importlib.import_module("mmenvs.integrations.ray") if engine == "ray" else None
     device = resolve_device(plan.device)
     runs = plan.runs()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "benchmark"):
+    with locked(out_folder(out), "benchmark"):
         if (out / NAME).exists() and not resume:
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"

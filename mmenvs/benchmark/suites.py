@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mmenvs.benchmark.summary import count
 from mmenvs.checks import integer_in
 from mmenvs.registry import SPECS
 
@@ -52,10 +53,10 @@ class Suite:
         if steps is not None:
             integer_in("steps", steps, 1, 10**12)
             suite = replace(suite, tasks=tuple(replace(task, steps=steps) for task in suite.tasks))
-            notes.append(f"{steps:,} steps")
+            notes.append(count(steps, "step"))
         if episodes is not None:
             suite = replace(suite, episodes=integer_in("episodes", episodes, 8, 10**6))
-            notes.append(f"{episodes:,} episodes")
+            notes.append(count(episodes, "episode"))
         return replace(suite, name=f"{self.name} ({', '.join(notes)})") if notes else self
 
 
