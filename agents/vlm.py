@@ -257,8 +257,12 @@ def load_model(source: str, device: str = "auto") -> tuple[Any, Any]:
     return model.to(device), processor
 
 
-def read_model(source: str, half: bool) -> tuple[Any, Any]:
-    """The model, in bfloat16 if ``half``, on the CPU, and its processor."""
+def find_model(source: str) -> Path:
+    """The folder of a vision-language model, before anything of it is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as of :func:`load_model`.
+    """
     folder = find_folder(source, local_files_only=os.environ.get("HF_HUB_OFFLINE") == "1")
     check_folder(folder, source, PROCESSORS)
     config = read_config(folder, source)
@@ -267,6 +271,12 @@ def read_model(source: str, half: bool) -> tuple[Any, Any]:
             f"model {source!r} is of the type {config.model_type!r}, which isn't a vision-language model: "
             "AutoModelForImageTextToText has none of it"
         )
+    return folder
+
+
+def read_model(source: str, half: bool) -> tuple[Any, Any]:
+    """The model, in bfloat16 if ``half``, on the CPU, and its processor."""
+    folder = find_model(source)
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with loading(source, "processor"):
         processor = transformers.AutoProcessor.from_pretrained(folder, **safe)
@@ -307,20 +317,30 @@ def load(
         FileNotFoundError: if the folder or one of its files is missing.
         ValueError: if the files are damaged or of another format.
     """
-    path = Path(folder)
-    if not (path / SETTINGS).is_file():
+    settings, steps = _read_settings(Path(folder))
+    settings = replace(settings, env_kwargs={**settings.env_kwargs, **(env_kwargs or {})})
+    policy = VLMPolicy(*load_model(str(folder), device), settings)
+    policy.num_timesteps = steps
+    return policy
+
+
+def _read_settings(folder: Path) -> tuple[VLMSettings, int]:
+    """The settings of a fine-tuned model and how many updates it had."""
+    if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"no fine-tuned model in {str(folder)!r}: there is no {SETTINGS}")
     problem = f"cannot load the fine-tuned model in {str(folder)!r}: "
     try:
-        document = json.loads((path / SETTINGS).read_text())
+        document = json.loads((folder / SETTINGS).read_text())
         found = document["format"]
         if found != FORMAT:
             raise ValueError(f"it has format {found!r}, this version reads format {FORMAT}")
-        settings = VLMSettings(**document["settings"])
-        steps = int(document["steps"])
+        return VLMSettings(**document["settings"]), int(document["steps"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{problem}{SETTINGS} is damaged: {error}") from error
-    settings = replace(settings, env_kwargs={**settings.env_kwargs, **(env_kwargs or {})})
-    policy = VLMPolicy(*load_model(str(path), device), settings)
-    policy.num_timesteps = steps
-    return policy
+
+
+def player(source: str, id: str, env_kwargs: Mapping[str, Any], device: str = "auto") -> VLMPolicy:
+    """A model as an agent for an environment: with its own prompt if it was fine-tuned for it, else as it is."""
+    if (Path(source) / SETTINGS).is_file() and _read_settings(Path(source))[0].id == id:
+        return load(source, device, env_kwargs)
+    return zero_shot(VLMSettings(id=id, model=source, env_kwargs=env_kwargs), device)

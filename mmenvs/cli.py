@@ -20,7 +20,9 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 from mmenvs import media
+from mmenvs.benchmark.summary import count
 from mmenvs.checks import one_of
+from mmenvs.files import out_folder
 from mmenvs.registry import SPECS, task_class
 from mmenvs.world.scene import SPLITS
 
@@ -149,7 +151,7 @@ def show(
     env.close()
     with user_errors():
         media.write(out, frames, media.FPS, sound)
-    typer.echo(f"{episodes} episodes: mean return {np.mean(returns):.3f}, {sum(successes)} solved")
+    typer.echo(f"{count(episodes, 'episode')}: mean return {np.mean(returns):.3f}, {sum(successes)} solved")
     typer.echo(f"written: {out}")
 
 
@@ -243,8 +245,7 @@ def train(
                 raise ValueError(
                     f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
                 )
-            if out.exists() and not out.is_dir():
-                raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+            out_folder(out)
             model = make_agent(
                 id,
                 agent or "ppo",
@@ -263,7 +264,6 @@ def train(
                 encoders=None if encoder is None else encoders_of(encoder, id, source),
                 num_envs=num_envs,
             )
-            out.mkdir(parents=True, exist_ok=True)
     with user_errors():
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
@@ -313,7 +313,9 @@ def evaluate(
         )
         return
     first = results["agent"]
-    typer.echo(f"{first.id}, split {split}, difficulty {first.difficulty}, {episodes} episodes, seed {seed}")
+    typer.echo(
+        f"{first.id}, split {split}, difficulty {first.difficulty}, {count(episodes, 'episode')}, seed {seed}"
+    )
     print_results(results)
 
 

@@ -1,4 +1,4 @@
-"""Commands of the benchmark: ``mmenvs benchmark | report``. ``mmenvs.cli`` registers them."""
+"""Commands of the benchmark: ``mmenvs benchmark | report | tune``. ``mmenvs.cli`` registers them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
-from mmenvs.cli import app, parse_list, parse_steps, user_errors
+from mmenvs.cli import Device, Id, app, parse_difficulty, parse_list, parse_steps, user_errors
 
 _LAST = 8  # finished runs that the live table shows
 
@@ -21,7 +21,10 @@ _LAST = 8  # finished runs that the live table shows
 @app.command()
 def benchmark(
     suite: Annotated[
-        str | None, typer.Option(help="core (default), audio, sequential, full; or with a version, core-v0.")
+        str | None,
+        typer.Option(
+            help="core (default), audio, sequential, generalization, full; or with a version, core-v0."
+        ),
     ] = None,
     algorithms: Annotated[
         str | None,
@@ -32,7 +35,10 @@ def benchmark(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="module:Class of your own, anything with predict(); may be repeated."),
+        typer.Option(
+            help="module:Class of your own, anything with predict(), or hf:MODEL, a vision-language model; may be "
+            "repeated."
+        ),
     ] = None,
     embeddings: Annotated[
         str | None, typer.Option(help="ENCODER+FUSION, such as cnn+concat (default),shapes+cross_attention.")
@@ -51,15 +57,23 @@ def benchmark(
     episodes: Annotated[
         int | None, typer.Option(min=8, help="Episodes of an evaluation in place of the suite's.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    engine: Annotated[str, typer.Option(help="local, or ray for several machines.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, auto or HOST:PORT; default: this machine alone.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(help="With ray and cuda: GPUs of a run, such as 0.25.")] = 1.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes side by side (default 1); Ray fills its machines.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch and numba in each process.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a run may take.")] = 7200.0,
     mix: Annotated[bool, typer.Option("--mix", help="Add to rows of another version of the code.")] = False,
     device: Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")] = None,
 ) -> None:
     """Run a suite: agents x embeddings x tasks x seeds. --resume does what is missing, and what failed again."""
-    from mmenvs.benchmark import runner
+    from mmenvs.benchmark import players, runner
     from mmenvs.benchmark.plan import Plan
+    from mmenvs.benchmark.summary import count
 
     with user_errors():
         if (out is None) == (resume is None):
@@ -69,7 +83,7 @@ def benchmark(
         plan = Plan() if resume is None else Plan.load(resume)
         agents = None if algorithms is None else tuple(parse_list(algorithms))
         if policy:
-            agents = (*(agents or plan.agents), *(f"policy:{name}" for name in policy))
+            agents = (*(agents or plan.agents), *map(players.policy_name, policy))
         given: dict[str, Any] = {
             "suite": suite,
             "agents": agents,
@@ -80,8 +94,11 @@ def benchmark(
             "device": device,
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})
+        if engine == "ray" and workers is not None:
+            raise ValueError(f"workers is for engine='local', got {workers}: Ray fills the machines it has")
         options: dict[str, Any] = {
-            "resume": resume is not None, "workers": workers, "threads": threads, "timeout": timeout, "mix": mix,
+            "resume": resume is not None, "workers": workers or 1, "threads": threads, "timeout": timeout, "mix": mix,
+            "engine": engine, "address": address, "gpus": gpus,
         }  # fmt: skip
         try:
             if Console().is_terminal:
@@ -94,7 +111,10 @@ def benchmark(
             raise typer.Exit(130) from None
     typer.echo(f"next: mmenvs report {folder} --out report/")
     if failed:
-        typer.echo(f"{failed} runs failed; the report says why, --resume tries them again", err=True)
+        again = "it" if failed == 1 else "them"
+        typer.echo(
+            f"{count(failed, 'run')} failed; the report says why, --resume tries {again} again", err=True
+        )
         raise typer.Exit(1)
 
 
@@ -107,10 +127,40 @@ def report(
     from mmenvs.benchmark import results
 
     with user_errors():
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out must be a folder, {str(out)!r} is a file")
         results.write(folder, out)
     typer.echo(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+@app.command()
+def tune(
+    id: Id,
+    out: Annotated[Path, typer.Option(help="Folder for the trials and best.json; a search there goes on.")],
+    agent: Annotated[
+        str, typer.Option(help="ppo, a2c, dqn; with sb3-contrib trpo, recurrent_ppo, qrdqn.")
+    ] = "ppo",
+    trials: Annotated[int, typer.Option(min=1, help="How many in all; the first is the recipe itself.")] = 20,
+    steps: Annotated[str, typer.Option(help="Of training of a trial, such as 50k.")] = "50k",
+    episodes: Annotated[int, typer.Option(min=1, help="Of the val split, by which a trial is scored.")] = 500,
+    difficulty: Annotated[str, typer.Option(help="0 to 3.")] = "0",
+    seed: Annotated[int, typer.Option(min=0, help="Of the search, weights, actions and episodes.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Search the settings of a recipe with Optuna, on the val split only; the same command goes on after a stop."""
+    with user_errors():
+        from mmenvs.benchmark import tune as tuning
+
+        search = tuning.Search(
+            id, parse_difficulty(difficulty), agent, parse_steps(steps), episodes=episodes, seed=seed
+        )
+        try:
+            best = tuning.tune(search, trials, out, device, typer.echo)
+        except KeyboardInterrupt:
+            typer.echo("stopped early; the same command goes on")
+            raise typer.Exit(130) from None
+    usual = best["usual_score"]
+    beside = "" if usual is None else f", {usual:.3f} with the recipe as it is"
+    typer.echo(f"best: trial {best['trial']}, mean return {best['score']:.3f} on the val split{beside}")
+    typer.echo(f"written: {out / tuning.BEST}; to train with it:\n\n{tuning.usage(best)}")
 
 
 class LiveTable:

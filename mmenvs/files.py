@@ -25,3 +25,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def out_folder(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a folder that is there and can be written to; ``out`` of those who write results.
+
+    Raises:
+        ValueError: if it is a file, or can't be made or written to.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"out must be a folder, {str(path)!r} is a file")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"out={str(path)!r} can't be made: {error.strerror}; choose another folder with --out"
+        ) from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"out={str(path)!r} can't be written to; choose another folder with --out")
+    return path

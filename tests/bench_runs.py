@@ -33,6 +33,9 @@ def execute(run, device, tell):
             time.sleep(60)
         case "tells":
             tell(0.25, 0.5)
+        case "tells and hangs":
+            tell(0.25, 0.5)
+            time.sleep(60)
     time.sleep(0.02)
     return rows_of(run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import multiprocessing
@@ -84,6 +85,54 @@ def test_core_v0_never_changes():
     ]  # fmt: skip
     assert (suite.seeds, suite.episodes, suite.episode_seed) == (3, 1000, 0)
     assert suite.splits == ("test", "compositional") and suite.checkpoints == (0.1, 0.25, 0.5, 0.75)
+
+
+def test_generalization_v0_never_changes():
+    """As core-v0."""
+    suite = SUITES["generalization-v0"]
+    assert [(task.id, task.difficulty, task.steps) for task in suite.tasks] == [
+        (VQA, 0, 200_000), (VQA, 1, 200_000), (VQA, 2, 200_000),
+        (MATCHING, 0, 60_000), (MATCHING, 1, 60_000), (MATCHING, 2, 60_000),
+    ]  # fmt: skip
+    assert (suite.seeds, suite.episodes, suite.episode_seed) == (3, 1000, 0)
+    assert suite.splits == ("test", "compositional", "harder")
+    assert suite.checkpoints == (0.1, 0.25, 0.5, 0.75)
+    for task in suite.tasks:  # an agent can play the next difficulty
+        here, harder = (gym.make(task.id, difficulty=task.difficulty + more) for more in (0, 1))
+        assert (here.observation_space, here.action_space) == (harder.observation_space, harder.action_space)
+
+
+def test_harder_is_the_test_split_at_the_next_difficulty(monkeypatch):
+    asked = []
+    evaluation = importlib.import_module("mmenvs_agents.evaluation")
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda *args, **how: asked.append(how) or evaluate(*args, **how)
+    )
+    runs = Plan(suite="generalization", episodes=8).runs()
+    (run,) = [r for r in runs if r["agent"] == "oracle" and r["id"] == MATCHING and r["difficulty"] == 2]
+    (row,) = job.execute(run, "cpu", lambda *_: None)
+    assert [(how["split"], how["env_kwargs"]["difficulty"]) for how in asked] == [
+        ("test", 2), ("compositional", 2), ("test", 3)
+    ]  # fmt: skip
+    assert row["scores"]["harder/greedy"]["returns"] == [1] * 8
+
+
+def test_the_report_shows_what_is_harder(tmp_path):
+    fill(tmp_path, Plan(suite="generalization", agents=("ppo",), steps=100, episodes=20))
+    with Store(tmp_path) as opened:
+        rows = list(opened.all())
+    more = tmp_path / "more"
+    more.mkdir()
+    with Store(more, write=True) as opened:
+        for row in rows:
+            if row["final"]:
+                row["scores"]["harder/greedy"] = row["scores"]["compositional/greedy"]
+                opened.append([row])
+    results.write(more, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "interquartile mean, harder" in text and "return, harder" in text
+    assert "Harder: the test split at the next difficulty" in text
 
 
 def test_newest_version_and_changed_budgets(monkeypatch):

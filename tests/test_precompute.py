@@ -269,7 +269,7 @@ of_ray = pytest.mark.filterwarnings("ignore::ResourceWarning")
 def cluster():
     """Ray on one processor."""
     ray = pytest.importorskip("ray", reason="Ray, of the extra ray, is not installed")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield ray
     with warnings.catch_warnings():
         # Ray leaves files and processes to the garbage collector, which would tell of them in any later test.

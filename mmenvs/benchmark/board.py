@@ -152,6 +152,12 @@ class Board:
                 found.setdefault(tag, []).append(task)
         return found
 
+    @cached_property
+    def further_splits(self) -> list[str]:
+        """What agents were evaluated on beside the test split."""
+        found = dict.fromkeys(split for records in self.cells.values() for split in records[0].returns)
+        return [split for split in found if split != "test"]
+
     def trained(self) -> list[str]:
         """Agents that are no baselines."""
         return [agent for agent in self.agents if agent not in BASELINES.values()]

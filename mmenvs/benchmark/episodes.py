@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import base64
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from PIL import Image
 
+from mmenvs import media
 from mmenvs.benchmark.board import Board
+from mmenvs.benchmark.summary import count
 from mmenvs.registry import SPECS
 from mmenvs.spaces import SAMPLE_RATE
 
 EACH = 4  # episodes of a task
+MOST_BYTES = 5 * 2**20  # of all of them, so that a page stays below 10 MB
+_FILM_SIDE = 256  # pixels that small films are enlarged to
 _MAX_STEPS = 1000
 
 
@@ -30,7 +36,8 @@ class Episode:
         score: its return.
         success: whether the agent was right.
         picture: WebP, the end of the episode.
-        sound: WAV, None for tasks without sound.
+        sound: WAV, None for tasks without sound, or with a film, which has it.
+        film: MP4 of the observation ``"video"``, None for tasks without one.
     """
 
     agent: str
@@ -39,6 +46,12 @@ class Episode:
     success: bool
     picture: bytes
     sound: bytes | None
+    film: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is shown."""
+        return sum(len(part) for part in (self.picture, self.sound, self.film) if part is not None)
 
 
 def examples(board: Board) -> list[Episode]:
@@ -71,7 +84,8 @@ def replay(agent: str, task: str, run: dict[str, Any], example: dict[str, Any]) 
     try:
         env = gym.make(run["id"], split="test", difficulty=run["difficulty"], render_mode="rgb_array")
         observation, info = env.reset(seed=example["seed"])
-        sound, total, ended = observation.get("audio"), 0.0, False
+        sound, film = observation.get("audio"), observation.get("video")
+        total, ended = 0.0, False
         for action in example["actions"]:
             observation, reward, terminated, truncated, info = env.step(action)
             total, ended = total + float(reward), terminated or truncated
@@ -86,7 +100,13 @@ def replay(agent: str, task: str, run: dict[str, Any], example: dict[str, Any]) 
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="WEBP", quality=80)
     return Episode(
-        agent, task, total, bool(info["is_success"]), file.getvalue(), None if sound is None else _wav(sound)
+        agent,
+        task,
+        total,
+        bool(info["is_success"]),
+        picture=file.getvalue(),
+        sound=None if sound is None or film is not None else _wav(sound),
+        film=None if film is None else _mp4(film, sound),
     )
 
 
@@ -94,25 +114,42 @@ def section(episodes: Sequence[Episode]) -> str:
     """HTML that shows them, with nothing outside it."""
     if not episodes:
         return ""
-    figures = []
+    figures: list[str] = []
+    room = MOST_BYTES
     for episode in episodes:
+        room -= episode.size
+        if room < 0:
+            break
         verdict = "right" if episode.success else "wrong"
         text = escape(f"{episode.agent} on {episode.task}: {verdict}, return {episode.score:.2f}")
-        sound = ""
+        played = ""
         if episode.sound is not None:
-            sound = f'<audio controls preload="metadata" src="{_data("audio/wav", episode.sound)}"></audio>'
+            played = f'<audio controls preload="metadata" src="{_data("audio/wav", episode.sound)}"></audio>'
+        if episode.film is not None:
+            played = f'<video controls preload="metadata" src="{_data("video/mp4", episode.film)}"></video>'
         figures.append(
             f'<figure class="episode {verdict}"><img alt="{text}" loading="lazy" '
-            f'src="{_data("image/webp", episode.picture)}">{sound}<figcaption>{text}</figcaption></figure>'
+            f'src="{_data("image/webp", episode.picture)}">{played}<figcaption>{text}</figcaption></figure>'
         )
+    left = len(episodes) - len(figures)
+    more = f" {count(left, 'episode')} would have made the page too large." if left else ""
     return (
-        "<section><h2>Episodes</h2><p>Of the test split, by the best agent on each task, seed 0.</p>"
+        f"<section><h2>Episodes</h2><p>Of the test split, by the best agent on each task, seed 0.{more}</p>"
         f'<div class="figures">{"".join(figures)}</div></section>\n'
     )
 
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _mp4(film: Any, sound: Any) -> bytes:
+    """Frames as long as their sound, or at the usual rate without one."""
+    factor = max(1, _FILM_SIDE // film.shape[2])
+    frames = list(film.repeat(factor, 1).repeat(factor, 2))
+    fps = media.FPS if sound is None else len(frames) * SAMPLE_RATE / sound.shape[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        return media.write_mp4(Path(folder) / "film.mp4", frames, fps, sound).read_bytes()
 
 
 def _wav(sound: Any) -> bytes:

@@ -15,6 +15,7 @@ from mmenvs.benchmark.measure import Recorder, score_of, space_of, without
 from mmenvs.benchmark.pool import Tell
 from mmenvs.benchmark.rows import Row, plain
 from mmenvs.benchmark.store import MAIN
+from mmenvs.benchmark.suites import HARDER
 from mmenvs.benchmark.summary import BASELINES, few_episodes
 from mmenvs.embeddings.extractor import extractor_in
 from mmenvs.perturbations import VectorPerturbObservation
@@ -32,14 +33,17 @@ class Checked:
         predict: of the agent.
         name: for messages.
         tell: is called at most every half second.
+        wrap: of the agent, see ``mmenvs_agents.evaluation.evaluate``.
 
     Attributes:
         decisions, seconds: actions chosen and the time it took.
         examples: the actions of the first episode of each of the first ``EXAMPLES`` rows since ``watch``.
     """
 
-    def __init__(self, predict: Callable[..., Any], name: str, tell: Callable[[], Any]) -> None:
-        self._predict, self.name, self.tell = predict, name, tell
+    def __init__(
+        self, predict: Callable[..., Any], name: str, tell: Callable[[], Any], wrap: Any = None
+    ) -> None:
+        self._predict, self.name, self.tell, self.wrap = predict, name, tell, wrap
         self.decisions, self.seconds, self._told = 0, 0.0, time.perf_counter()
         self.examples: list[list[int]] = []
         self._watched: list[bool] = []
@@ -121,7 +125,7 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
 
     checked: Any = agent
     if run["agent"] not in BASELINES:
-        checked = Checked(agent.predict, run["agent"], tell_score)
+        checked = Checked(agent.predict, run["agent"], tell_score, getattr(agent, "wrap", None))
     for step, state in _before(policies):
         agent.policy.load_state_dict(state)
         found = _score(checked, run, "test", few_episodes(run["episodes"]))
@@ -210,7 +214,7 @@ def _last(agent: Any, checked: Any, run: Mapping[str, Any]) -> Row:
             scores[f"{split}/sampled"] = _without_returns(found)
     if not baseline:
         scores |= _dropped(agent, checked, run, few)
-    policy: Any = getattr(agent, "policy", None)
+    policy: Any = getattr(agent, "policy", getattr(agent, "model", None))
     parameters = sum(x.numel() for x in policy.parameters()) if hasattr(policy, "parameters") else None
     speed = checked.decisions / checked.seconds if not baseline and checked.seconds else None
     return {
@@ -250,12 +254,13 @@ def _score(
     # Sampled actions come from global generators.
     set_random_seed(run["seed"])
     evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
+    harder = split == HARDER
     result = evaluate(
         player,
         run["id"],
-        split=split,
+        split="test" if harder else split,
         episodes=episodes,
-        env_kwargs={"difficulty": run["difficulty"]},
+        env_kwargs={"difficulty": run["difficulty"] + harder},
         seed=run["episode_seed"],
         deterministic=deterministic,
         wrap=wrap,

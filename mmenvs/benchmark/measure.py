@@ -306,6 +306,17 @@ def space_of(id: str, env_kwargs: Mapping[str, Any]) -> Any:
 
 def provenance(device: str) -> dict[str, Any]:
     """Where rows come from: versions, commit, machine, command, day."""
+    return {
+        **machine(device),
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Versions and device of this machine."""
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -313,11 +324,7 @@ def provenance(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "commit": _commit(),
         "device": f"{device} ({name}, {os.cpu_count()} cores)",
-        "threads": torch.get_num_threads(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 

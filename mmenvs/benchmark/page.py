@@ -176,7 +176,7 @@ th[scope=row] { position: sticky; left: 0; background: #fff; font-weight: 600; }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid #0072b2; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 .episode img { width: 100%; height: auto; border-bottom: 4px solid #b23; } .episode.right img { border-color: #2a7d46; }
-audio { width: 100%; margin-top: 6px; } figcaption { font-size: 13px; color: #555; }
+audio, video { width: 100%; margin-top: 6px; } figcaption { font-size: 13px; color: #555; }
 small { color: #666; } tbody tr:hover > * { background: #f6f9fb; }
 """
 

@@ -85,7 +85,7 @@ class Plan:
             for task in suite.tasks
             for name in names
             for embedding in players.embeddings(name, self.embeddings)
-            if (seed == 0 or players.trains(name)) and players.sees(name, spaces[task]) != ()
+            if (seed == 0 or players.trains(name)) and players.plays(name, spaces[task])
         ]
 
     def _names(self) -> list[str]:

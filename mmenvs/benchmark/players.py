@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import gymnasium as gym
 
 from mmenvs.benchmark.summary import BASELINES
 from mmenvs.registry import task_class
+from mmenvs.spaces import modality_of
 
 BLIND = "blind:"
 POLICY = "policy:"
+VLM = "hf:"
 TRANSFORMER = "transformer"
 BLIND_LEARNS_BY = "ppo"
 MODALITIES = ("image", "text", "audio")
@@ -30,11 +33,16 @@ def check(name: str) -> str:
     Raises:
         ValueError: if there isn't, with those that there are.
         ImportError: if what it needs isn't installed, or a policy of one's own can't be imported.
+        FileNotFoundError: if there is no such vision-language model.
         TypeError: if a policy of one's own has no ``predict``.
     """
     kind, _, rest = name.partition(":")
     if name.startswith(POLICY):
         policy_class(name)
+    elif name.startswith(VLM):
+        if not rest:
+            raise ValueError("policy 'hf:' must name a folder or a model of Hugging Face, as in 'hf:FOLDER'")
+        _vlm().find_model(rest)
     elif name.startswith(BLIND):
         if rest not in MODALITIES:
             raise ValueError(f"blind:<modality> must name one of {', '.join(MODALITIES)}, got {name!r}")
@@ -51,18 +59,31 @@ def check(name: str) -> str:
     return name
 
 
+def policy_name(given: str) -> str:
+    """The agent that ``--policy`` names: ``hf:model`` or ``policy:module:Class``."""
+    return given if given.startswith(VLM) else POLICY + given
+
+
 def trains(name: str) -> bool:
-    """Whether its score depends on a seed: baselines learn nothing, so one run of them is enough."""
-    return name not in BASELINES
+    """Whether it learns: of baselines and vision-language models, which don't, one run is enough."""
+    return name not in BASELINES and not name.startswith(VLM)
 
 
 def embeddings(name: str, given: Sequence[str]) -> tuple[str, ...]:
     """The embeddings it is made with: of the transformer the encoders alone, as its attention is the fusion."""
-    if name in BASELINES or name.startswith(POLICY):
+    if name in BASELINES or name.startswith((POLICY, VLM)):
         return ("",)
     if name.partition(":")[0] == TRANSFORMER:
         return tuple(dict.fromkeys(embedding.partition("+")[0] for embedding in given))
     return tuple(given)
+
+
+def plays(name: str, space: Mapping[str, Any]) -> bool:
+    """Whether there is such an agent for the observations of ``space``: some are blind, some see one picture."""
+    if name.startswith(VLM):
+        kinds = [modality_of(part) for part in space.values()]
+        return kinds.count("image") == 1 and not {"images", "audio"} & set(kinds)
+    return sees(name, space) != ()
 
 
 def sees(name: str, space: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -80,8 +101,6 @@ def sees(name: str, space: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def modalities(space: Mapping[str, Any]) -> dict[str, str]:
     """``image``, ``text`` or ``audio`` (or another modality) of each observation."""
-    from mmenvs.spaces import modality_of
-
     found = {key: modality_of(part) for key, part in space.items()}
     return {key: _ALSO.get(kind, kind) for key, kind in found.items()}
 
@@ -94,6 +113,8 @@ def make(run: Mapping[str, Any], device: str) -> Any:
         return name
     if name.startswith(POLICY):
         return _own(name, id, env_kwargs, run["seed"])
+    if name.startswith(VLM):
+        return _vlm().player(name.removeprefix(VLM), id, env_kwargs, device)
     from mmenvs.benchmark.compare import plan
     from mmenvs.benchmark.measure import space_of
 
@@ -134,8 +155,16 @@ def policy_class(name: str) -> Any:
     return found
 
 
+@cache
 def policy_code(name: str) -> str:
-    """A hash of the module of ``policy:module:Class``; empty for other agents."""
+    """A hash of the module of ``policy:module:Class``, or of the files of ``hf:model``; empty for other agents."""
+    if name.startswith(VLM):
+        found = hashlib.sha256()
+        for path in sorted(_vlm().find_model(name.removeprefix(VLM)).iterdir()):
+            if path.suffix in (".json", ".jinja", ".safetensors"):
+                with open(path, "rb") as file:
+                    found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()[:12]
     if not name.startswith(POLICY):
         return ""
     spec = importlib.util.find_spec(name.removeprefix(POLICY).partition(":")[0])
@@ -167,3 +196,7 @@ def _recipes() -> tuple[str, ...]:
 
 def _transformer() -> Any:
     return importlib.import_module("mmenvs_agents.transformer.agent").TransformerAgent
+
+
+def _vlm() -> Any:
+    return importlib.import_module("mmenvs_agents.vlm")

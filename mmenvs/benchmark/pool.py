@@ -16,7 +16,7 @@ from typing import Any
 
 from mmenvs.benchmark.rows import Row
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREADS = ("OMP_NUMTHREADS", "MKL_NUMTHREADS", "OPENBLAS_NUMTHREADS", "NUMBA_NUMTHREADS")
 _POLL = 0.25  # seconds
 Tell = Callable[[float, float | None], Any]  # share of the run that is done, score so far
 Execute = Callable[[Mapping[str, Any], str, Tell], Sequence[Row]]
@@ -33,11 +33,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Done:
-    """The rows of a run, or of one that failed a single row with its error."""
+    """The rows of a run, or of one that failed a single row with its error.
+
+    Attributes:
+        machine: what of :func:`mmenvs.benchmark.measure.provenance` is another one there than here.
+    """
 
     run: Mapping[str, Any]
     rows: Sequence[Row]
     seconds: float
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,8 +120,8 @@ def _start(execute: Execute, device: str, threads: int) -> _Worker:
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, execute, device), daemon=True)
     # Thread counts are read when the libraries are loaded, so they must be there before.
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, str(threads)))
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, str(threads)))
     try:
         process.start()
     finally:
@@ -159,9 +164,29 @@ def _receive(worker: _Worker) -> Done | None:
 
 def _failed(worker: _Worker, kind: str, message: str, trace: str = "") -> Done:
     assert worker.run is not None
+    return failed(worker.run, time.monotonic() - worker.begin, kind, message, trace)
+
+
+def failed(
+    run: Mapping[str, Any],
+    seconds: float,
+    kind: str,
+    message: str,
+    trace: str = "",
+    machine: Mapping[str, Any] | None = None,
+) -> Done:
+    """The end of a run that failed: one row, with its error."""
     error = f"{kind}: {' '.join(message.split())}"
-    row = {"run": dict(worker.run), "step": 0, "final": True, "error": error, "traceback": trace}
-    return Done(worker.run, [row], time.monotonic() - worker.begin)
+    row = {"run": dict(run), "step": 0, "final": True, "error": error, "traceback": trace}
+    return Done(run, [row], seconds, machine or {})
+
+
+def attempt(execute: Execute, run: Mapping[str, Any], device: str, tell: Tell) -> tuple[str, Any]:
+    """``"rows"`` and the rows of a run, or ``"error"`` and its kind, message and traceback."""
+    try:
+        return "rows", execute(run, device, tell)
+    except Exception as error:
+        return "error", (type(error).__name__, str(error), traceback.format_exc())
 
 
 def _work(pipe: Connection, execute: Execute, device: str) -> None:
@@ -182,11 +207,7 @@ def _work(pipe: Connection, execute: Execute, device: str) -> None:
             run = pipe.recv()
         except EOFError:
             return
-        try:
-            answer: Any = ("rows", execute(run, device, tell))
-        except Exception as error:
-            answer = ("error", (type(error).__name__, str(error), traceback.format_exc()))
-        pipe.send(answer)
+        pipe.send(attempt(execute, run, device, tell))
 
 
 def _follow_parent() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from mmenvs.benchmark.page import Table, Value, cell_text, markdown, page, prove
 from mmenvs.benchmark.plan import NAME, Plan
 from mmenvs.benchmark.stats import Interval
 from mmenvs.benchmark.store import MAIN, Store
+from mmenvs.benchmark.suites import HARDER
 from mmenvs.benchmark.summary import BASELINES, count
-from mmenvs.files import replacing
+from mmenvs.files import out_folder, replacing
 
 TITLE = "Benchmark"
-SPLITS = ("test", "compositional")
 _DIFFERENCES = (0.01, 0.02, 0.05, 0.1, 0.2)
 _COMPARED = 12  # agents in the tables of pairs and in the figures
 _THRESHOLDS = np.linspace(-0.1, 1.05, 47)
@@ -54,7 +55,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
 
     Raises:
         FileNotFoundError: if there are no results.
-        ValueError: if the store is damaged or holds no finished run.
+        ValueError: if the store is damaged or holds no finished run, or ``out`` can't be written to.
     """
     folder = Path(folder)
     suite = Plan.load(folder).the_suite().name if (folder / NAME).is_file() else None
@@ -62,7 +63,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
         board = read(store, suite)
     sections = tables(board)
     drawn = figures(board)
-    out.mkdir(parents=True, exist_ok=True)
+    out_folder(out)
     for name, svg in drawn.items():
         with replacing(out / "figures" / f"{name}.svg") as file:
             file.write_text(plots.standalone(svg), encoding="utf-8")
@@ -190,9 +191,10 @@ def _leaderboard(board: Board) -> Table:
         "agent": lambda a: a,
         "runs": lambda a: sum(map(len, board.of(a).values())),
         **{f"{between}: {name}": _aggregate(board, "test", name) for name in stats.AGGREGATES},
-        "further: interquartile mean, compositional": _aggregate(
-            board, "compositional", "interquartile mean"
-        ),
+        **{
+            f"further: interquartile mean, {split}": _aggregate(board, split, "interquartile mean")
+            for split in board.further_splits
+        },
         "further: mean above blind": _aggregate(board, "test", "mean", "blind"),
         "cost: minutes of training": lambda a: _minutes(board.cost(a, "seconds")),
         "cost: decisions / s": lambda a: board.cost(a, "decisions_per_second"),
@@ -202,6 +204,8 @@ def _leaderboard(board: Board) -> Table:
         "Greedy, test split; 95 % intervals over seeds and episodes. Blind: the best of the agents that lack a "
         "modality and of the most frequent answer, so that what is above 0 takes all modalities."
     )
+    if HARDER in board.further_splits:
+        note += " Harder: the test split at the next difficulty, on which no agent has trained."
     rows = [[column(agent) for column in columns.values()] for agent in board.ranked]
     if board.left_out:
         note += (
@@ -260,7 +264,7 @@ def _criteria(board: Board, task: str) -> Table:
         "reward: return, test": lambda a: reward(a, "test"),
         "reward: sampled": lambda a: mean(a, "test/sampled", "return"),
         "reward: success, test": lambda a: mean(a, MAIN, "success"),
-        "reward: return, compositional": lambda a: reward(a, "compositional"),
+        **{f"reward: return, {split}": partial(reward, split=split) for split in board.further_splits},
         "length: steps an episode": lambda a: mean(a, MAIN, "length"),
         "stability: over seeds": lambda a: stats.spread(
             [float(r.returns["test"].mean()) for r in board.cells[a, task]]

@@ -1,4 +1,4 @@
-"""``mmenvs benchmark``: a plan's runs into a store, on one machine; goes on after whatever stopped it.
+"""``mmenvs benchmark``: a plan's runs into a store, on one machine or many; goes on after whatever stopped it.
 
 ``docs/benchmark.md`` says what is run, what a row holds and how each number is computed.
 """
@@ -18,7 +18,8 @@ from mmenvs.benchmark.plan import NAME, Plan
 from mmenvs.benchmark.rows import locked
 from mmenvs.benchmark.store import MAIN, Store
 from mmenvs.benchmark.summary import count, run_key
-from mmenvs.checks import integer_in
+from mmenvs.checks import integer_in, one_of
+from mmenvs.files import out_folder
 
 
 class Watcher(Protocol):
@@ -79,6 +80,9 @@ def benchmark(
     threads: int = 1,
     timeout: float = 7200.0,
     mix: bool = False,
+    engine: str = "local",
+    address: str | None = None,
+    gpus: float = 1.0,
     watcher: Watcher | None = None,
 ) -> int:
     """Do the runs of ``plan`` that the store in ``out`` lacks; runs that failed are tried again.
@@ -87,10 +91,13 @@ def benchmark(
         plan: what to run.
         out: folder of ``results.sqlite`` and ``benchmark.json``; it is made if it isn't there.
         resume: go on in a folder that holds results.
-        workers: processes side by side, at most one a core makes sense.
+        workers: processes side by side, at most one a core makes sense; on Ray the machines decide.
         threads: of torch and numba in each.
         timeout: seconds that a run may take.
         mix: add to rows that another version of the code left.
+        engine: ``"local"`` or ``"ray"``.
+        address: for ``"ray"``, see :func:`mmenvs.integrations.ray.run_all`.
+        gpus: for ``"ray"``, of a run on ``"cuda"``; below 1 several share one.
         watcher: is told what happens.
 
     Returns:
@@ -111,12 +118,15 @@ def benchmark(
     integer_in("threads", threads, 1, 1024)
     if not timeout > 0:
         raise ValueError(f"timeout must be above 0, got {timeout}")
+    one_of("engine", engine, ("local", "ray"))
+    if engine == "local" and address is not None:
+        raise ValueError(f"address is for engine='ray', got {address!r} with engine={engine!r}")
+    if not (0 < gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
+        raise ValueError(f"gpus must be above 0 and at most 1, or a whole number, got {gpus}")
+    ray = importlib.import_module("mmenvs.integrations.ray") if engine == "ray" else None
     device = resolve_device(plan.device)
     runs = plan.runs()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "benchmark"):
+    with locked(out_folder(out), "benchmark"):
         if (out / NAME).exists() and not resume:
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
@@ -131,10 +141,12 @@ def benchmark(
             missing = [run for run in runs if run_key(run) not in done]
             watcher.begin(len(runs), len(runs) - len(missing))
             failed = 0
-            events = pool.run_all(
-                missing, job.execute, workers=min(workers, len(missing)), device=device,
-                threads=threads, timeout=timeout,
-            )  # fmt: skip
+            how: dict[str, Any] = {"device": device, "threads": threads, "timeout": timeout}
+            events = (
+                pool.run_all(missing, job.execute, workers=min(workers, len(missing)), **how)
+                if ray is None
+                else ray.run_all(missing, job.execute, codes=codes, gpus=gpus, address=address, **how)
+            )
             try:
                 for event in events:
                     if isinstance(event, pool.Progress):
@@ -142,6 +154,7 @@ def benchmark(
                         continue
                     about = {
                         **origin,
+                        **event.machine,
                         "code": codes[event.run["agent"]],
                         "threads": threads,
                         "written": time.time(),
@@ -165,11 +178,11 @@ def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
             "or say --mix to have both in one report, which will say so"
         )
     for name, code in codes.items():
-        if name.startswith(players.POLICY):
+        if name.startswith((players.POLICY, players.VLM)):
             changed = store.codes(name).keys() - {code}
             if changed:
                 raise ValueError(
-                    f"rows of {name} in {str(store.path)!r} come from another version of its module: "
+                    f"rows of {name} in {str(store.path)!r} come from another version of its files: "
                     "choose another folder, or say --mix"
                 )
 

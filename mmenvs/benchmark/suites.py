@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mmenvs.benchmark.summary import count
 from mmenvs.checks import integer_in
 from mmenvs.registry import SPECS
 
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
 # Steps of training: what a small network learns within about five minutes of one core.
 STEPS = {VQA: 200_000, CAPTIONING: 150_000, MATCHING: 60_000}
+HARDER = "harder"  # among a suite's splits: the test split at the next difficulty
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Suite:
         name: such as ``"core-v0"``; a suite with changed budgets carries the change in its name.
         tasks: agents train on the train split of each.
         seeds: how many runs of each agent on each task; the seeds are 0, 1, 2 ...
-        splits: the final evaluations are on these.
+        splits: the final evaluations are on these; ``"harder"`` is the test split at the next difficulty, of
+            tasks whose spaces are the same there.
         episodes: of an evaluation on a split; other evaluations take a quarter.
         episode_seed: names the evaluation episodes, the same for all agents and seeds.
         checkpoints: shares of the steps at which the policy is scored on the way.
@@ -50,10 +53,10 @@ class Suite:
         if steps is not None:
             integer_in("steps", steps, 1, 10**12)
             suite = replace(suite, tasks=tuple(replace(task, steps=steps) for task in suite.tasks))
-            notes.append(f"{steps:,} steps")
+            notes.append(count(steps, "step"))
         if episodes is not None:
             suite = replace(suite, episodes=integer_in("episodes", episodes, 8, 10**6))
-            notes.append(f"{episodes:,} episodes")
+            notes.append(count(episodes, "episode"))
         return replace(suite, name=f"{self.name} ({', '.join(notes)})") if notes else self
 
 
@@ -68,6 +71,12 @@ SUITES: dict[str, Suite] = {
         Suite("core-v0", _tasks((VQA, CAPTIONING, MATCHING), (0, 1))),
         Suite("audio-v0", _tasks((MATCHING,), (0, 1, 2, 3))),
         Suite("sequential-v0", _tasks((CAPTIONING,), (0, 1, 2, 3))),
+        # Captions get longer with the difficulty, so that an agent of one level can't play the next.
+        Suite(
+            "generalization-v0",
+            _tasks((VQA, MATCHING), (0, 1, 2)),
+            splits=("test", "compositional", HARDER),
+        ),
         Suite("full-v0", _tasks((VQA, CAPTIONING, MATCHING), (0, 1, 2, 3))),
     )
 }
