@@ -1,12 +1,11 @@
-"""The command line: ``mmenvs list | describe | show | train | evaluate | demo``; more in the other ``cli_*.py``."""
+"""The command line: ``mmenvs list | describe | show | evaluate | demo``; more in the other ``cli_*.py``."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from rich.table import Column, Table
 from mmenvs import media
 from mmenvs.benchmark.summary import count
 from mmenvs.checks import one_of
-from mmenvs.files import out_folder
 from mmenvs.registry import SPECS, task_class
 from mmenvs.world.scene import SPLITS
 
@@ -156,126 +154,6 @@ def show(
 
 
 @app.command()
-def train(
-    id: Id,
-    agent: Annotated[
-        str | None,
-        typer.Option(
-            help="ppo (default), a2c, dqn; with sb3-contrib trpo, recurrent_ppo, qrdqn; or transformer, our own policy."
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Of the transformer: nano (default, 1 million parameters), small, base."),
-    ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or Hugging Face name of a causal language model as the transformer's trunk."
-        ),
-    ] = None,
-    lora: Annotated[
-        int | None, typer.Option(min=0, help="Rank of adapters of the backbone; 0 (default) trains it all.")
-    ] = None,
-    fusion: Annotated[
-        str | None,
-        typer.Option(
-            help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared."
-        ),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            help="Of every modality that has it: cnn (default), vit, shapes, joint:DIR, hf:NAME, transformer, ..."
-        ),
-    ] = None,
-    steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of weights, actions and episodes; default 0.")
-    ] = None,
-    device: Device = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for agent and logs; default runs/ID_AGENT_SEED.")
-    ] = None,
-    difficulty: Annotated[str | None, typer.Option(help="0 (default) to 3.")] = None,
-    split: Annotated[str | None, typer.Option(help="train (default), val, test or compositional.")] = None,
-    num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
-    curriculum: Annotated[
-        bool,
-        typer.Option(help="Of the transformer: begin at difficulty 0, rise to --difficulty as it succeeds."),
-    ] = False,
-    temperature: Annotated[
-        float | None, typer.Option(help="Of the transformer's actions; default 1, over it explores more.")
-    ] = None,
-    compile: Annotated[bool, typer.Option(help="torch.compile the transformer's updates.")] = False,
-    precision: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; default is what is fast on the device.")
-    ] = None,
-    source: Source = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the agent in --out, with its settings.")] = False,
-) -> None:
-    """Train an agent; Ctrl-C saves it, --resume goes on."""
-    with user_errors():
-        task_class(id)
-        total = parse_steps(steps)
-        level = None if difficulty is None else parse_difficulty(difficulty)
-        out = out or Path("runs", f"{id.split('/')[-1]}_{agent or 'ppo'}_{seed or 0}")
-        if resume:
-            if encoder is not None:
-                raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
-            model, kwargs = load_agent(out, device, source, compile)
-            asked: dict[str, Any] = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
-            asked |= {"precision": precision, "curriculum": curriculum or None}
-            asked["temperature"] = temperature
-            saved = {name: getattr(model.settings, name, None) for name in asked}
-            asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
-            saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
-            saved["num_envs"] = model.n_envs
-            saved["curriculum"] = getattr(model.settings, "curriculum", None) is not None
-            trunk = getattr(model.settings, "backbone", None)
-            asked |= {"backbone": backbone, "lora": lora}
-            saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
-            for name, value in asked.items():
-                if value not in (None, saved[name]):
-                    raise ValueError(f"{name} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}")
-            if total <= model.num_timesteps:
-                raise ValueError(f"steps must be over the {model.num_timesteps} already done, got {steps!r}")
-        else:
-            if (out / "settings.json").exists():
-                raise ValueError(
-                    f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
-                )
-            out_folder(out)
-            model = make_agent(
-                id,
-                agent or "ppo",
-                source,
-                fusion=fusion,
-                size=size,
-                backbone=backbone,
-                lora=lora,
-                compile=compile,
-                curriculum=curriculum,
-                temperature=temperature,
-                precision=precision,
-                device=device,
-                seed=seed or 0,
-                env_kwargs={"difficulty": level or 0, "split": split or "train"},
-                encoders=None if encoder is None else encoders_of(encoder, id, source),
-                num_envs=num_envs,
-            )
-    with user_errors():
-        say = spokesman(model)
-    say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
-    finished = agents("transformer.agent" if is_transformer(model) else "sb3").train(model, total, out)
-    say(f"saved: {out} after {model.num_timesteps:,} steps")
-    if not finished:
-        say("stopped early; --resume goes on")
-        raise typer.Exit(130)
-    say(f"next: mmenvs evaluate {out}")
-
-
-@app.command()
 def evaluate(
     folder: Folder,
     split: Split = "test",
@@ -348,84 +226,6 @@ def open_source(text: str, id: str) -> Any:
     return datasets.open_source(text, id)
 
 
-def make_agent(
-    id: str,
-    algo: str,
-    source: str | None,
-    *,
-    env_kwargs: Mapping[str, Any],
-    fusion: str | None,
-    size: str | None,
-    num_envs: int | None,
-    backbone: str | None = None,
-    lora: int | None = None,
-    compile: bool = False,
-    curriculum: bool = False,
-    temperature: float | None = None,
-    **arguments: Any,
-) -> Any:
-    """A new agent. With a source, its settings keep the text that names it in place of the open reader."""
-    opened = {} if source is None else {"source": open_source(source, id)}
-    arguments["env_kwargs"] = {**env_kwargs, **opened}
-    one_of("agent", algo, (*agents("recipes").RECIPES, TRANSFORMER))
-    if algo == TRANSFORMER:
-        if fusion is not None:
-            raise ValueError(
-                f"fusion is the transformer's own attention with --agent transformer, got {fusion!r}"
-            )
-        if backbone is not None and size is not None:
-            raise ValueError(f"size is the backbone's own with --backbone, got {size!r}")
-        ppo, module = agents("transformer.ppo"), agents("transformer.agent")
-        recipe = ppo.PPORecipe(**({} if num_envs is None else {"num_envs": num_envs}))
-        arguments |= {"backbone": backbone, "lora": lora or 0, "compile": compile}
-        arguments["temperature"] = 1.0 if temperature is None else temperature
-        if curriculum:
-            arguments["curriculum"] = agents("curriculum").Curriculum(env_kwargs["difficulty"])
-        model = module.TransformerAgent(id, size or "nano", recipe=recipe, **arguments)
-    else:
-        for name, value in {
-            "size": size,
-            "backbone": backbone,
-            "lora": lora,
-            "compile": compile or None,
-            "temperature": temperature,
-            "curriculum": curriculum or None,
-        }.items():
-            if value is not None:
-                raise ValueError(f"{name} is of --agent transformer, got {value!r} with {algo!r}")
-        sb3 = agents("sb3")
-        if num_envs is not None:
-            arguments["num_envs"] = num_envs
-        model = sb3.make_agent(algo, id, fusion=fusion or "cross_attention", **arguments)
-    if source is not None:
-        model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": source})
-    return model
-
-
-def is_transformer(model: Any) -> bool:
-    """Whether an agent is our own, or one of Stable-Baselines3."""
-    return model.settings.algo == TRANSFORMER
-
-
-def spokesman(model: Any) -> Callable[[str], None]:
-    """What prints a line, in the first of the processes that train together."""
-    if is_transformer(model):
-        return typer.echo if model.devices.main else lambda line: None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"several processes are for --agent transformer, got {model.settings.algo!r}")
-    return typer.echo
-
-
-def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
-    """``encoder`` for the observations whose modality has one of this name; the others take their default."""
-    from mmenvs.embeddings.extractor import encoders_named
-
-    env: Any = gym.make(id, **({} if source is None else {"source": open_source(source, id)}))
-    space = env.observation_space
-    env.close()
-    return encoders_named(encoder, space)
-
-
 def load_agent(
     folder: Path, device: str, source: str | None, compile: bool = False
 ) -> tuple[Any, dict[str, Any]]:
@@ -489,4 +289,4 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 # They register their commands on ``app``, which they import from here.
-from mmenvs import cli_benchmark, cli_distill, cli_embeddings, cli_vlm  # noqa: F401
+from mmenvs import cli_benchmark, cli_embeddings, cli_train, cli_vlm  # noqa: F401

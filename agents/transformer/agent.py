@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -88,6 +88,7 @@ class TransformerAgent:
         coefficients: of the pull to it, and the multipliers of limits.
         devices: the processes that learn together.
         progress: in the curriculum.
+        parts: of the score, that the environments of this suite report at the end of an episode.
         num_timesteps: steps of the environment learned from.
         iteration: rollouts learned from.
 
@@ -163,7 +164,11 @@ class TransformerAgent:
             envs = env
         _check_envs(envs)
         task = getattr(envs.unwrapped, "task", None)
-        _check_parts((*restraints.penalties, *restraints.limits), task)
+        types = getattr(task, "info_types", {})
+        self.parts = tuple(name for name, kind in types.items() if kind is float)
+        # Other environments than this suite's are asked at the first rollout.
+        for part in (*restraints.penalties, *restraints.limits) if task is not None else ():
+            one_of("restraints", part, self.parts)
         seen: Any = envs.single_observation_space
         self.settings = Settings(
             id=env if isinstance(env, str) else None,
@@ -607,16 +612,6 @@ def _begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> No
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _check_parts(parts: Iterable[str], task: Any) -> None:
-    """That restraints name parts of the score; other environments are asked at the first rollout."""
-    if task is not None:
-        known = tuple(name for name, kind in task.info_types.items() if kind is float)
-        for part in parts:
-            if part not in known:
-                allowed = ", ".join(known) or "none"
-                raise ValueError(f"restraints must be on parts of the score ({allowed}), got {part!r}")
 
 
 def _word(seed: int, purpose: str, number: int) -> int:
