@@ -222,7 +222,7 @@ def train(
             if encoder is not None:
                 raise ValueError(f"encoder is the saved agent's with --resume, got {encoder!r}")
             model, kwargs = load_agent(out, device, source, compile)
-            asked = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
+            asked: dict[str, Any] = {"id": id, "algo": agent, "fusion": fusion, "seed": seed, "size": size}
             asked |= {"precision": precision, "curriculum": curriculum or None}
             asked["temperature"] = temperature
             saved = {name: getattr(model.settings, name, None) for name in asked}
