@@ -19,7 +19,7 @@ import json
 import math
 import subprocess
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from mmenvs_agents.transformer.agent import TransformerAgent
-from mmenvs_agents.transformer.algorithms import RECIPES
 from mmenvs_agents.transformer.restraints import Restraints
 from mmenvs_agents.transformer.rollout import collect
 
@@ -48,15 +47,13 @@ class Run:
     """One algorithm on top of the base."""
 
     method: str
-    recipe: dict[str, Any] = field(default_factory=dict)
     restraints: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=lambda: {"reward": {"scene_f1": 1.0, "cider": 0.1}})
 
 
-_STEP = {"learning_rate": 1e-4, "num_envs": 256, "minibatches": 4}
-RUNS = {name: Run(name, {**_STEP, "group": 4}) for name in ("grpo", "dr_grpo", "dapo", "rloo", "dpo")}
-RUNS |= {name: Run(name, _STEP) for name in ("scst", "reinforce")}
-RUNS["limit"] = Run("reinforce", _STEP, {"limits": {"hallucination": LIMIT}, "multiplier_rate": 2.0})
+RUNS = {name: Run(name) for name in ("grpo", "dr_grpo", "dapo", "rloo", "scst", "reinforce", "dpo")}
+_HELD = {"limits": {"hallucination": LIMIT}, "multiplier_rate": 2.0}
+RUNS["limit"] = Run("reinforce", restraints=_HELD)
 
 
 def score(agent: TransformerAgent, split: str) -> dict[str, Any]:
@@ -90,7 +87,6 @@ def execute(name: str, seed: int, steps: int, keep: Path) -> dict[str, Any]:
             device="cpu",
             seed=seed,
             env_kwargs={**LEVEL, **run.training},
-            recipe=replace(RECIPES[run.method], **run.recipe),
             restraints=Restraints(**run.restraints),
         )
         agent.learn(steps, out=folder, checkpoint_steps=steps)

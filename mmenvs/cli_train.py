@@ -140,15 +140,14 @@ def train(
             saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
             for name, value in asked.items():
                 if value not in (None, saved[name]):
-                    raise ValueError(f"{name} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}")
+                    option = {"algo": "agent", "method": "algo"}.get(name, name)
+                    raise ValueError(
+                        f"{option} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}"
+                    )
             if total <= model.num_timesteps:
                 raise ValueError(f"steps must be over the {model.num_timesteps} already done, got {steps!r}")
         else:
-            if (out / "settings.json").exists():
-                raise ValueError(
-                    f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
-                )
-            out_folder(out)
+            check_new(out)
             model = make_agent(
                 id,
                 agent or "ppo",
@@ -180,15 +179,7 @@ def train(
         alarm = None if watch is None else alarm_of(model, watch, source)
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
-    if is_transformer(model):
-        finished = agents("transformer.agent").train(model, total, out, alarm=alarm)
-    else:
-        finished = agents("sb3").train(model, total, out)
-    say(f"saved: {out} after {model.num_timesteps:,} steps")
-    if not finished:
-        say("stopped early; --resume goes on")
-        raise typer.Exit(130)
-    say(f"next: mmenvs evaluate {out}")
+    finish(model, total, out, say, f"mmenvs evaluate {out}", alarm)
 
 
 @app.command("pretrain-policy")
@@ -300,6 +291,10 @@ def make_transformer(
         raise ValueError(f"size is the backbone's own with --backbone, got {given['size']!r}")
     recipes = agents("transformer.algorithms").RECIPES
     method = one_of("algo", given.pop("algo", "ppo"), tuple(recipes))
+    if arguments.get("encoders"):
+        # The transformer reads its own actions in the place of observations that repeat them.
+        seen = {k: v for k, v in arguments["encoders"].items() if k not in task_class(id).history}
+        arguments = {**arguments, "encoders": seen}
     recipe = recipes[method] if num_envs is None else replace(recipes[method], num_envs=num_envs)
     restraints: dict[str, Any] = {name: given.pop(name) for name in ("kl", "kl_target") if name in given}
     for option, name in (("penalty", "penalties"), ("limit", "limits")):
@@ -363,16 +358,25 @@ def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
 
 
 def check_new(out: Path) -> None:
-    """That ``out`` is, or can be made, a folder without an agent."""
+    """That there is no agent in ``out``."""
     if (out / "settings.json").exists():
-        raise ValueError(f"out={str(out)!r} holds an agent already; choose another folder")
-    out_folder(out)
+        raise ValueError(
+            f"out={str(out)!r} holds an agent: choose another folder, or go on with 'train --resume'"
+        )
 
 
-def finish(model: Any, total: int, out: Path, say: Callable[[str], None], following: str) -> None:
-    """Train a transformer and say what it left."""
-    finished = agents("transformer.agent").train(model, total, out)
+def finish(
+    model: Any, total: int, out: Path, say: Callable[[str], None], following: str, alarm: Any = None
+) -> None:
+    """Train an agent in a folder that is made if need be, and say what is there then."""
+    with user_errors():
+        out_folder(out)
+    if is_transformer(model):
+        finished = agents("transformer.agent").train(model, total, out, alarm=alarm)
+    else:
+        finished = agents("sb3").train(model, total, out)
     say(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
+        say("stopped early; 'mmenvs train --resume' goes on")
         raise typer.Exit(130)
     say(f"next: {following}")

@@ -321,7 +321,7 @@ def test_the_alarm_looks_at_held_out_episodes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"group": 3}, "num_envs must be a multiple of group=3, got 128"),
+        ({"group": 3}, "num_envs must be a multiple of group=3, got 256"),
         ({"group": 1}, "group must be 2 or more"),
         ({"baseline": "best"}, "baseline must be one of"),
         ({"length": "none"}, "length must be one of"),
@@ -361,7 +361,7 @@ def test_bad_agents(tmp_path):
     made("supervised").save(tmp_path / "captions")
     with pytest.raises(ValueError, match="size is that of the agent in init"):
         TransformerAgent(CAPTIONING, "nano", init=tmp_path / "captions", device="cpu")
-    with pytest.raises(ValueError, match="must be an agent of this environment's spaces"):
+    with pytest.raises(ValueError, match="must be an agent of an environment with these"):
         TransformerAgent(VQA, init=tmp_path / "captions", device="cpu", env_kwargs=SMALL)
     with pytest.raises(ValueError, match="'beauty' must be a part of the score"):
         make_agent(

@@ -604,10 +604,10 @@ def _begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> No
     tensors = checkpoint.read_tensors(folder, counters, str(policy.device))
     try:
         policy.load_state_dict(_part(tensors, "policy."))
-    except RuntimeError as error:
+    except RuntimeError:
         raise ValueError(
-            f"init={str(folder)!r} must be an agent of this environment's spaces: {error}"
-        ) from error
+            f"init={str(folder)!r} must be an agent of an environment with these observations and actions"
+        ) from None
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -31,10 +31,11 @@ class DPORecipe(Recipe):
             ``"sum"`` its log-probability.
     """
 
+    num_envs: int = 256
     epochs: int = 1
     minibatches: int = 4
-    learning_rate: float = 3e-4
-    group: int = 8
+    learning_rate: float = 1e-4
+    group: int = 4
     beta: float = 0.1
     length: str = "sum"
 

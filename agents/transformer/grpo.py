@@ -44,7 +44,7 @@ _SPREAD = 1e-4  # added to the spread of a group, all of whose returns may be th
 
 @dataclass(frozen=True)
 class GRPORecipe(Recipe):
-    """Settings of GRPO and its relatives.
+    """Settings of GRPO and its relatives, for a policy that already knows something (``init``).
 
     Attributes:
         group: episodes that begin with the same seed; ``num_envs`` must be a multiple.
@@ -57,10 +57,11 @@ class GRPORecipe(Recipe):
         entropy: weight of the entropy at the start; it falls linearly to 0.
     """
 
+    num_envs: int = 256
     epochs: int = 1
     minibatches: int = 4
-    learning_rate: float = 3e-4
-    group: int = 8
+    learning_rate: float = 1e-4
+    group: int = 4
     baseline: str = "group"
     divide: bool = True
     length: str = "episode"
