@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Encodes what doesn't change within an episode, unless an agent is asked to look in another way: on both tasks of
+# docs/results/compare it beats encoders trained from pixels.
+ENCODER = "shapes"
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import stable_baselines3
 import torch
+from gymnasium import spaces
 from gymnasium.error import NameNotFound
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -23,7 +24,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 
 from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
-from mmenvs.embeddings.extractor import Extractor
+from mmenvs.embeddings.extractor import Extractor, encoders_fitting
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.joint import joint_hashes
 from mmenvs.embeddings.optimizers import Muon
@@ -33,7 +34,7 @@ from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 
 from .imitation import SelfImitationPPO
-from .recipes import RECIPES
+from .recipes import ENCODER, RECIPES
 
 FORMAT = 1
 
@@ -107,7 +108,9 @@ def make_agent(
         seed: of weights, actions and episodes.
         env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``.
         visible: names of the observations it may see; None is all, fewer makes a blind baseline.
-        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`; None is what is fast here.
+        encoders: as for :class:`mmenvs.embeddings.Extractor`. None is the frozen embedding ``"shapes"`` for what doesn't
+            change within an episode of the world; ``{}`` trains encoders from pixels, words and sounds.
+        precision: as for :class:`mmenvs.embeddings.Extractor`; None is what is fast here.
         **overrides: fields of the recipe (``num_envs``, ``learning_rate``, ...) or the algorithm's own
             arguments (``n_steps``, ``batch_size``, ...).
 
@@ -135,6 +138,8 @@ def make_agent(
     seen = set(env.native.single_observation_space)
     if visible is not None and (not visible or set(visible) - seen):
         raise ValueError(f"visible must name some of {', '.join(sorted(seen))}, got {visible!r}")
+    if encoders is None:
+        encoders = _default_encoders(id, env.native.single_observation_space, env_kwargs or {})
     settings = Settings(
         algo=algo,
         id=id,
@@ -142,7 +147,7 @@ def make_agent(
         seed=seed,
         env_kwargs=dict(env_kwargs or {}),
         visible=visible,
-        encoders=dict(encoders or {}),
+        encoders=dict(encoders),
         precision=precision or default_precision(device),
         recipe=asdict(recipe),
     )
@@ -428,6 +433,14 @@ def load(
     # A resumed run must not see the episodes of its beginning again.
     agent.get_env().seed(_episode_seed(settings["seed"], steps))  # type: ignore[union-attr]
     return agent
+
+
+def _default_encoders(id: str, space: spaces.Dict, env_kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Encoders of an agent that wasn't asked for others."""
+    if env_kwargs.get("source") is not None:
+        return {}  # photographs and other words than the world's
+    fixed = {name: part for name, part in space.items() if name in task_class(id).fixed}
+    return encoders_fitting(ENCODER, spaces.Dict(fixed))
 
 
 def _algorithm(algo: str) -> type[BaseAlgorithm]:

@@ -69,7 +69,7 @@ def measure_evaluation(episodes: int) -> None:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
 
-    agent = sb3.make_agent("ppo", VQA, fusion="concat", device="cpu")
+    agent = sb3.make_agent("ppo", VQA, fusion="concat", encoders={}, device="cpu")
     sb3.train(agent, 4096, progress=False)
     evaluate(agent, VQA, episodes=64)
     begin = time.process_time()

@@ -29,6 +29,7 @@ import torch
 from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.restraints import Restraints
 from mmenvs_agents.transformer.rollout import collect
+from scipy.stats import t as student
 
 import mmenvs  # noqa: F401
 
@@ -39,7 +40,6 @@ ENCODERS = {"image": "shapes"}
 PARTS = ("scene_f1", "cider", "hallucination", "repetition", "length")
 EPISODES, ROWS = 2000, 500
 LIMIT = 0.1
-_T = 4.303  # of Student, 97.5 %, for three seeds
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class Run:
     """One algorithm on top of the base."""
 
     method: str
+    times: int = 1  # the budget of steps
     restraints: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=lambda: {"reward": {"scene_f1": 1.0, "cider": 0.1}})
 
 
 RUNS = {name: Run(name) for name in ("grpo", "dr_grpo", "dapo", "rloo", "scst", "reinforce", "dpo")}
 _HELD = {"limits": {"hallucination": LIMIT}, "multiplier_rate": 2.0}
+RUNS["longer"] = Run("reinforce", times=3)
 RUNS["limit"] = Run("reinforce", restraints=_HELD)
 
 
@@ -89,7 +91,7 @@ def execute(name: str, seed: int, steps: int, keep: Path) -> dict[str, Any]:
             env_kwargs={**LEVEL, **run.training},
             restraints=Restraints(**run.restraints),
         )
-        agent.learn(steps, out=folder, checkpoint_steps=steps)
+        agent.learn(steps * run.times, out=folder, checkpoint_steps=10**9)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -109,8 +111,8 @@ def interval(values: list[float]) -> str:
     """Mean of the seeds and half the width of its 95 % interval."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
-    t = _T if len(values) == 3 else 1.96
-    return f"{np.mean(values):.3f} ± {t * np.std(values, ddof=1) / math.sqrt(len(values)):.3f}"
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 def table(path: Path) -> str:
@@ -136,7 +138,9 @@ def table(path: Path) -> str:
             ]
         steps = np.mean([rows[name, seed]["steps"] for seed in seeds])
         minutes = np.mean([rows[name, seed]["train_cpu_seconds"] for seed in seeds]) / 60
-        label = f"reinforce, hallucination at most {LIMIT:.0%}" if name == "limit" else name
+        label = {"limit": f"reinforce, hallucination at most {LIMIT:.0%}", "longer": "reinforce"}.get(
+            name, name
+        )
         lines.append(f"| {label} | {len(seeds)} | {steps:,.0f} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)
 

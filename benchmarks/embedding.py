@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     agents = {
-        "from pixels (cnn + concat)": make_agent("ppo", ID, fusion="concat", device="cpu"),
+        "from pixels (cnn + concat)": make_agent("ppo", ID, fusion="concat", encoders={}, device="cpu"),
         "frozen shapes + MLP, encoders running": on_embedding(None),
         f"frozen shapes + MLP, from the cache, pool of {POOL:,}": on_embedding(
             EmbeddingCache(), pool_size=POOL

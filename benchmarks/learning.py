@@ -84,7 +84,8 @@ def execute(name: str, run: Run, episodes: int, steps: int | None, keep: Path | 
     total = run.steps and (steps or run.steps)
     if run.steps:
         kwargs = {**env_kwargs, **run.training}
-        player = make_agent(run.agent, run.id, env_kwargs=kwargs, seed=0, device="cpu", **run.arguments)
+        arguments = {"encoders": {}, **run.arguments}
+        player = make_agent(run.agent, run.id, env_kwargs=kwargs, seed=0, device="cpu", **arguments)
         train(player, total, keep and keep / name, progress=False)
     trained, trained_cpu = time.perf_counter() - begin, time.process_time() - cpu
     result = evaluate(player, run.id, split="test", episodes=episodes, env_kwargs=env_kwargs)

@@ -24,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| id | environment + adapter | all | share |\n|---|---:|---:|---:|")
     for id in mmenvs.SPECS:
-        agent = make_agent("ppo", id)
+        agent = make_agent("ppo", id, encoders={})
         # Timed inside SB3's own wrapper chain, so that its picture transposition isn't ours but the adapter is.
         inner: Any = agent.get_env().unwrapped
         spent, step_wait = 0.0, inner.step_wait

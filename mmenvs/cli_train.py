@@ -60,7 +60,7 @@ def train(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Of every modality that has it: cnn (default), vit, shapes, joint:DIR, hf:NAME, transformer, ..."
+            help="Of every modality that has it: shapes (default of Stable-Baselines3's), cnn, vit, joint:DIR, hf:NAME, ..."
         ),
     ] = None,
     steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",

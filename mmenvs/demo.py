@@ -56,7 +56,10 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
         say(
             f"beside it two blind ones, without the picture and without the question, {blind_steps:,} steps each"
         )
-        agent = sb3.make_agent(ALGORITHM, ID, fusion=FUSION, device=device, seed=seed, env_kwargs=ENV_KWARGS)
+        # From pixels and words: nothing that was trained before.
+        agent = sb3.make_agent(
+            ALGORITHM, ID, fusion=FUSION, encoders={}, device=device, seed=seed, env_kwargs=ENV_KWARGS
+        )
         if not sb3.train(agent, steps, folder):
             other_core.shutdown(wait=False, cancel_futures=True)
             raise KeyboardInterrupt
@@ -90,7 +93,14 @@ def train_blind(key: str, steps: int, device: str, seed: int, episodes: int) -> 
     sb3 = importlib.import_module("mmenvs_agents.sb3")
     evaluate = importlib.import_module("mmenvs_agents.evaluation").evaluate
     agent = sb3.make_agent(
-        ALGORITHM, ID, fusion=FUSION, device=device, seed=seed, env_kwargs=ENV_KWARGS, visible=(key,)
+        ALGORITHM,
+        ID,
+        fusion=FUSION,
+        encoders={},
+        device=device,
+        seed=seed,
+        env_kwargs=ENV_KWARGS,
+        visible=(key,),
     )
     sb3.train(agent, steps, progress=False)
     return evaluate(agent, ID, split="test", episodes=episodes, env_kwargs=ENV_KWARGS, seed=seed)

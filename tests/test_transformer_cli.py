@@ -28,7 +28,7 @@ def test_train_resume_evaluate_show(tmp_path):
     common = ("train", VQA, "--agent", "transformer", "--num-envs", 4, "--device", "cpu", "--out", out)
     assert "after 64 steps" in run(*common, "--steps", 64, "--difficulty", 1)
     assert "after 128 steps" in run(*common, "--steps", 128, "--resume")
-    assert "go on with --resume" in run(*common, code=2)
+    assert "go on with 'train --resume'" in run(*common, code=2)
     assert "over the 128 already done" in run(*common, "--steps", 100, "--resume", code=2)
     for option, value in (("--size", "small"), ("--difficulty", 2), ("--seed", 7), ("--fusion", "concat")):
         assert f"of the agent in '{out}' is" in run(*common, "--resume", option, value, code=2)
