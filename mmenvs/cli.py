@@ -218,7 +218,6 @@ def train(
                 raise ValueError(
                     f"out={str(out)!r} holds an agent: go on with --resume, or choose another folder"
                 )
-            out_folder(out)
             model = make_agent(
                 id,
                 agent or "ppo",
@@ -231,6 +230,7 @@ def train(
                 encoders=None if encoder is None else encoders_of(encoder, id, source),
                 num_envs=num_envs,
             )
+            out_folder(out)
     typer.echo(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finished = agents("transformer.agent" if is_transformer(model) else "sb3").train(model, total, out)
     typer.echo(f"saved: {out} after {model.num_timesteps:,} steps")
