@@ -148,7 +148,7 @@ def test_resume_goes_on(tmp_path):
     assert "steps must be over the 512 already done" in run(*common, "--steps", "300", "--resume", code=2)
     said = run("train", VQA, "--fusion", "transformer", "--out", out, "--resume", code=2)
     assert "fusion of the agent in" in said and "'concat', not 'transformer'" in said
-    assert "go on with --resume" in run(*common, code=2)
+    assert "go on with 'train --resume'" in run(*common, code=2)
 
 
 @pytest.fixture(scope="module")
