@@ -26,7 +26,7 @@ from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Extractor, encoders_fitting
 from mmenvs.embeddings.fusion import FUSIONS
-from mmenvs.embeddings.joint import joint_hashes
+from mmenvs.embeddings.joint import check_hashes, joint_hashes
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
@@ -404,13 +404,10 @@ def load(
         raise
     except Exception as error:
         raise ValueError(f"{problem}its settings can't be used: {error}") from error
-    found = joint_hashes(agent.policy)
-    for name, known in joints.items():
-        if found.get(name) != known:
-            raise ValueError(
-                f"{problem}its encoder of {name!r} was trained on the joint embedding {known}, but "
-                f"{settings['encoders'].get(name)!r} is {found.get(name)} here: take the weights that it knows, or train anew"
-            )
+    try:
+        check_hashes(agent.policy, joints, settings["encoders"])
+    except ValueError as error:
+        raise ValueError(f"{problem}{error}") from None
     for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{str(path / name)!r} is missing")

@@ -16,6 +16,7 @@ from mmenvs_agents.transformer.learning import Anchor, log_probs_of
 from mmenvs_agents.transformer.restraints import HackingAlarm, Restraints
 from mmenvs_agents.transformer.rollout import collect
 
+from mmenvs.embeddings.joint import JointConfig, JointEmbedding, save_joint
 from tests.tiny_transformer import CAPTIONING, SMALL, VQA, make_agent, recall
 
 LEARNERS = tuple(name for name in RECIPES if name not in ("ppo", "supervised"))
@@ -240,6 +241,25 @@ def test_the_pull_holds_the_policy_to_its_reference():
         others = log_probs_of(start, rollout.episodes)[valid]
         far[kl] = float((rollout.log_probs[valid] - others).mean())
     assert far[1.0] < 0.5 * far[0.0]
+
+
+def test_an_agent_of_another_joint_embedding_is_refused(tmp_path):
+    joint = tmp_path / "joint.safetensors"
+
+    def write(seed):
+        torch.manual_seed(seed)
+        save_joint(JointEmbedding(JointConfig(width=8, dim=8, text_depth=1)), joint, {})
+
+    write(0)
+    made("supervised", encoders={"image": f"joint:{joint}"}).save(tmp_path / "agent")
+    TransformerAgent.load(tmp_path / "agent", device="cpu")
+    write(1)
+    for make in (
+        lambda: TransformerAgent.load(tmp_path / "agent", device="cpu"),
+        lambda: TransformerAgent(CAPTIONING, init=tmp_path / "agent", device="cpu", env_kwargs=SMALL),
+    ):
+        with pytest.raises(ValueError, match="encoder of 'image' was trained on the joint embedding"):
+            make()
 
 
 # --- restraints

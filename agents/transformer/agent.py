@@ -23,6 +23,7 @@ from torch import Tensor
 from mmenvs.checks import check_flag, integer_in, one_of
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Precision
+from mmenvs.embeddings.joint import check_hashes, joint_hashes
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.registry import task_class
@@ -465,6 +466,7 @@ class TransformerAgent:
         # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
         if not isinstance(settings["env_kwargs"].get("source"), str):
             settings["env_kwargs"].pop("source", None)
+        settings["joints"] = joint_hashes(self.policy)
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
         if self.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
@@ -529,6 +531,10 @@ class TransformerAgent:
             raise ValueError(f"{problem}its settings can't be used: {error}") from error
         agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
         tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
+        try:
+            check_hashes(agent.policy, settings.get("joints", {}), encoders)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{problem}{error}") from None
         try:
             agent.policy.load_state_dict(_part(tensors, "policy."))
             if agent.reference is not None:
@@ -600,7 +606,11 @@ def _backbone_of(settings: Mapping[str, Any]) -> Backbone | None:
 
 def _begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> None:
     """Load the weights of the policy in ``folder``."""
-    _, counters, _ = checkpoint.read(folder)
+    settings, counters, _ = checkpoint.read(folder)
+    try:
+        check_hashes(policy, settings.get("joints", {}), settings["encoders"])
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"init={str(folder)!r} can't be begun with: {error}") from None
     tensors = checkpoint.read_tensors(folder, counters, str(policy.device))
     try:
         policy.load_state_dict(_part(tensors, "policy."))

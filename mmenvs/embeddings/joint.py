@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -248,3 +249,18 @@ def joint_hashes(policy: nn.Module) -> dict[str, str]:
     """
     encoders = {path: module for path, module in policy.named_modules() if isinstance(module, ShapesEncoder)}
     return {path.rsplit(".", 1)[-1]: weights_hash(encoder.joint) for path, encoder in encoders.items()}
+
+
+def check_hashes(policy: nn.Module, known: Mapping[str, str], encoders: Mapping[str, object]) -> None:
+    """That an agent has the joint embeddings it was trained on, ``known`` by :func:`joint_hashes`.
+
+    Raises:
+        ValueError: names the observation, its encoder in ``encoders``, and both hashes.
+    """
+    found = joint_hashes(policy)
+    for name, expected in known.items():
+        if found.get(name) != expected:
+            raise ValueError(
+                f"its encoder of {name!r} was trained on the joint embedding {expected}, but {encoders.get(name)!r} "
+                f"is {found.get(name)} here: take the weights that it knows, or train anew"
+            )
