@@ -1,0 +1,364 @@
+"""What the transformer agent's cache, whole-episode passes and half precision save, and how it compares with TRL's trainer.
+
+    OMP_NUM_THREADS=1 python benchmarks/transformer.py cache        # rollouts: cached steps against whole passes
+    OMP_NUM_THREADS=1 python benchmarks/transformer.py update       # one pass a sequence against one a token
+    OMP_NUM_THREADS=1 python benchmarks/transformer.py precision --agent runs/captioning/supervised_0
+    OMP_NUM_THREADS=1 python benchmarks/transformer.py generate     # rollouts: against generate of transformers
+    OMP_NUM_THREADS=1 python benchmarks/transformer.py trl          # an iteration of GRPO: against TRL's
+
+Contestants take turns, and ratios of the medians of their processor times are reported, which other work on the machine
+disturbs least: on one thread they are what the time would be without it. Only ratios within one run mean anything. The task is made up: prompts of random words, answered by 24 words. Where a model of transformers takes part, both sides run it
+with the same weights; the policy's prompt sees itself in both directions, that of the model only backwards, which takes
+as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from mmenvs_agents.transformer import grpo
+from mmenvs_agents.transformer.agent import TransformerAgent
+from mmenvs_agents.transformer.model import SIZES, Backbone, Episodes, ModelConfig, TransformerPolicy
+from mmenvs_agents.transformer.rollout import collect
+from torch import Tensor
+
+from mmenvs.spaces import text
+
+WORDS, START = 512, 1  # words 0 and 1 are padding and the one that begins an answer
+PROMPT, ANSWER = 88, 24
+# Of the language model: 3 million parameters.
+LLAMA = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+class Words(gym.vector.VectorEnv):
+    """A prompt of random words; each word of the answer that has an even number is paid."""
+
+    def __init__(self, rows: int, prompt: int = PROMPT) -> None:
+        self.num_envs, self.metadata = rows, {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = spaces.Dict({"prompt": text(WORDS, prompt)})
+        self.single_action_space = spaces.Discrete(WORDS)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        length = self.single_observation_space["prompt"].shape[0]
+        draw = [np.random.default_rng(each).integers(2, WORDS, length) for each in seed]
+        self.prompts, self.time = {"prompt": np.stack(draw)}, 0
+        return self.prompts, {}
+
+    def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
+        self.time += 1
+        ended = np.full(self.num_envs, self.time == ANSWER)
+        return self.prompts, (actions % 2 == 0) / ANSWER, ended, np.zeros_like(ended), {}
+
+
+def medians(contestants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median processor seconds of each; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            begin = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def make_policy(
+    config: ModelConfig = SIZES["small"], prompt: int = PROMPT, backbone: Backbone | None = None
+) -> TransformerPolicy:
+    """A policy with random weights, whose words are not all as likely."""
+    torch.manual_seed(0)
+    envs = Words(1, prompt)
+    policy = TransformerPolicy(
+        envs.single_observation_space,
+        envs.single_action_space,
+        config,
+        fixed=("prompt",),
+        encoders={"prompt": "bow"},
+        backbone=backbone,
+    )
+    torch.nn.init.normal_(policy.actor.out.weight, std=4 / policy.width**0.5)
+    return policy
+
+
+def make_prompts(rows: int, group: int = 1) -> Tensor:
+    """``(rows, PROMPT)`` word ids, ``group`` rows the same one after the other."""
+    prompts = torch.randint(2, WORDS, (rows // group, PROMPT), generator=torch.Generator().manual_seed(0))
+    return prompts.repeat_interleave(group, 0)
+
+
+def play_cached(policy: TransformerPolicy, prompts: Tensor) -> Tensor:
+    """The most likely answers ``(B, ANSWER, 1)``, a cached step at a time."""
+    cache = policy.cache(len(prompts), ANSWER)
+    words = [torch.zeros((len(prompts), 1), dtype=torch.int64)]
+    for step in range(ANSWER):
+        starts = torch.full((len(prompts),), step == 0)
+        described, _ = policy.step(cache, {"prompt": prompts}, words[-1], starts)
+        words.append(policy.actor.sample(described, None))
+    return torch.stack(words[1:], 1)
+
+
+@torch.no_grad()
+def play_whole(policy: TransformerPolicy, prompts: Tensor) -> Tensor:
+    """The same, with a pass over all so far for each word."""
+    words = torch.zeros((len(prompts), ANSWER, 1), dtype=torch.int64)
+    for step in range(ANSWER):
+        described, _ = policy(first_steps(prompts, words, step + 1))
+        words[:, step] = policy.actor.sample(described[:, step], None)
+    return words
+
+
+def first_steps(prompts: Tensor, words: Tensor, count: int) -> Episodes:
+    return Episodes({"prompt": prompts}, {}, words[:, :count], torch.full((len(words),), count))
+
+
+def learn(
+    policy: TransformerPolicy, prompts: Tensor, words: Tensor, each: bool, group: int = 1
+) -> list[Tensor]:
+    """The gradients of the mean log-probability and squared value: one pass for a sequence, or ``each`` step a sample."""
+    policy.zero_grad()
+    for count in range(1, ANSWER + 1) if each else (ANSWER,):
+        episodes = first_steps(prompts, words, count)
+        described, values = policy(episodes, group)
+        losses = (values - 1).square() - policy.actor.log_prob(described, episodes.actions)
+        (losses[:, -1].mean() / ANSWER if each else losses.mean()).backward()
+    return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+def apart(one: list[Tensor], other: list[Tensor]) -> float:
+    """Largest difference of gradients, of the largest gradient."""
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) / max(
+        float(a.abs().max()) for a in one
+    )
+
+
+def report(title: str, seconds: dict[str, float], owed: dict[str, str]) -> None:
+    """A table in which each is compared with the first."""
+    base = next(iter(seconds.values()))
+    print(f"| {title} | ms | faster | owed |\n|---|---:|---:|---:|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value * 1e3:,.0f} | {base / value:.2f}x | {owed.get(name, '')} |")
+    print()
+
+
+def measure_cache(repeats: int) -> None:
+    """Rollouts of 16 rows."""
+    policy, prompts = make_policy(), make_prompts(16)
+    answers: dict[str, Tensor] = {}
+    runs = {
+        "a whole pass for each word": lambda: answers.update(whole=play_whole(policy, prompts)),
+        "cached steps": lambda: answers.update(cached=play_cached(policy, prompts)),
+    }
+    count = sum(p.numel() for p in policy.parameters()) / 1e6
+    report(f"rollout of 16 x {ANSWER} words, {count:.1f} M", medians(runs, repeats), {"cached steps": "8x"})
+    print(f"the same answers: {torch.equal(answers['whole'], answers['cached'])}")
+
+
+def measure_update(repeats: int) -> None:
+    """Forward and backward pass over 8 answers to one prompt."""
+    policy, prompts = make_policy(), make_prompts(8, group=8)
+    words = torch.randint(2, WORDS, (8, ANSWER, 1), generator=torch.Generator().manual_seed(1))
+    each, whole, shared = "one pass a word", "one pass a sequence", "the prompt shared by 8 answers"
+    found: dict[str, list[Tensor]] = {}
+    runs = {
+        each: lambda: found.update(each=learn(policy, prompts, words, True)),
+        whole: lambda: found.update(whole=learn(policy, prompts, words, False)),
+        shared: lambda: found.update(shared=learn(policy, prompts, words, False, 8)),
+    }
+    report(f"update by 8 x {ANSWER} words", medians(runs, repeats), {whole: "12x"})
+    furthest = max(apart(found["whole"], found[other]) for other in ("each", "shared"))
+    print(f"gradients differ by {furthest:.0e} of the largest at most")
+
+
+def in_precision(policy: TransformerPolicy, precision: Any) -> TransformerPolicy:
+    policy.precision = policy.extractor.precision = precision
+    return policy
+
+
+def measure_precision(repeats: int, agent: Path | None) -> None:
+    """bfloat16 beside float32, and whether a trained agent's captions stay the same."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) & {"avx512_bf16", "amx_bf16"}
+    print(f"bfloat16 arithmetic of this CPU: {', '.join(sorted(flags)) or 'none'}\n")
+    policy, prompts = make_policy(), make_prompts(16)
+    words = play_cached(policy, prompts)
+    half = "bfloat16"
+    for title, run in {
+        f"rollout of 16 x {ANSWER} words": lambda p: play_cached(p, prompts),
+        f"update by 16 x {ANSWER} words": lambda p: learn(p, prompts, words, False),
+    }.items():
+        runs = {p: lambda p=p, run=run: run(in_precision(policy, p)) for p in ("float32", half)}
+        report(title, medians(runs, repeats), {half: "1.3x"})
+    if agent is None:
+        print("captions are compared with --agent DIR, an agent trained on MMRL/Captioning-v0")
+        return
+    trained = TransformerAgent.load(agent, device="cpu")
+    envs = gym.make_vec(trained.settings.id, num_envs=256, split="test", **trained.settings.env_kwargs)
+    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in ("float32", half)]
+    captions = [[row[:n].flatten().tolist() for row, n in zip(e.actions, e.lengths, strict=True)] for e in both]
+    same = sum(a == b for a, b in zip(*captions, strict=True))
+    print(f"greedy captions of the test split that are the same in both: {same} of {len(captions[0])}")
+
+
+def make_llama() -> Any:
+    """A language model with random weights, whose word vectors are of one length."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        **LLAMA, intermediate_size=688, vocab_size=WORDS, pad_token_id=0, bos_token_id=START, eos_token_id=None
+    )
+    model = hf.LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=config.hidden_size**-0.5)
+    words = model.get_input_embeddings().weight.data
+    words.copy_(torch.nn.functional.rms_norm(torch.randn_like(words), words.shape[1:]))
+    return model
+
+
+def policy_of(model: Any, prompt: int = PROMPT - 1) -> TransformerPolicy:
+    """A policy that does what the model does, but for the mask of the prompt; the model's has one word more, ``START``."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        width = model.config.hidden_size
+        policy = make_policy(ModelConfig(token_width=width), prompt, Backbone(folder))
+    words, reader = model.get_input_embeddings().weight.data, policy.extractor.encoders["prompt"]
+    for table in (reader.words.weight, policy.actor.tokens.weight):
+        table.data.copy_(words)
+    policy.start.data.copy_(words[START])
+    policy.actor.out.weight.data.copy_(model.lm_head.weight)
+    project = policy.project["prompt"]
+    torch.nn.init.eye_(project.weight)
+    for zero in (reader.place, project.bias, policy.actor.out.bias):
+        torch.nn.init.zeros_(zero)
+    return policy
+
+
+def after(prompts: Tensor) -> Tensor:
+    """Prompts as the model reads them, with ``START`` at the end."""
+    return torch.nn.functional.pad(prompts, (0, 1), value=START)
+
+
+def measure_generate(repeats: int) -> None:
+    """Sampled answers; ours include what the update needs to know and the environment."""
+    model = make_llama().eval()
+    policy = policy_of(model)
+    for rows in (16, 64):
+        envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
+        prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
+        settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
+        runs = {
+            "generate": lambda p=prompts, s=settings: model.generate(p, attention_mask=torch.ones_like(p), **s),
+            "collect": lambda e=envs, g=generator: collect(policy, e, list(range(e.num_envs)), 1, g),
+        }
+        report(f"rollout of {rows} x {ANSWER} words", medians(runs, repeats), {"collect": "1.2x"})
+
+
+def make_trainer(model: Any, folder: str, prompts: Tensor, answers: int = 8, batch: int = 64, **more: Any) -> Any:
+    """TRL's GRPO of the model on prompts ``(n, L)`` of word ids, one of its steps for all of them."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    inner = Tokenizer(models.WordLevel({str(i): i for i in range(WORDS + 1)}, unk_token="0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="0", eos_token=str(WORDS), padding_side="left"
+    )
+
+    def paid(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [sum(i % 2 == 0 for i in ids) / ANSWER for ids in completion_ids]
+
+    settings = GRPOConfig(
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=len(prompts) * answers // batch,
+        num_generations=answers,
+        max_completion_length=ANSWER,
+        temperature=1.0,
+        top_k=0,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,  # saves memory, and takes time
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        **more,
+    )
+    data = Dataset.from_dict({"prompt": [" ".join(map(str, row)) for row in prompts.tolist()]})
+    return GRPOTrainer(model, paid, settings, train_dataset=data, processing_class=tokenizer)
+
+
+def measure_trl(repeats: int) -> None:
+    """Iterations of 64 prompts x 8 answers: rollout, rewards, and one step of AdamW in 8 parts."""
+    from transformers import TrainerCallback
+
+    model = make_llama()
+    policy = policy_of(model)
+    envs, recipe = Words(64 * 8, PROMPT - 1), grpo.VARIANTS["dapo"]
+    recipe = replace(recipe, num_envs=64 * 8, minibatches=1, accumulate=8)
+    optimizer, generator = torch.optim.AdamW(policy.parameters()), torch.Generator().manual_seed(0)
+    begin, parts = 0.0, {"TRL": [], "ours": [], "ours, rollout": [], "ours, update": []}
+
+    def iterate() -> None:
+        times = [time.process_time()]
+        rollout = grpo.play(policy, envs, recipe, 0, generator)
+        times.append(time.process_time())
+        grpo.update(policy, optimizer, rollout, recipe, 1.0, generator)
+        times.append(time.process_time())
+        for name, first, last in (("ours", 0, 2), ("ours, rollout", 0, 1), ("ours, update", 1, 2)):
+            parts[name].append(times[last] - times[first])
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal begin
+            begin = time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            parts["TRL"].append(time.process_time() - begin)
+            iterate()
+
+    prompts = envs.reset(seed=np.repeat(range(64), 8))[0]["prompt"][::8]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, folder, after(torch.as_tensor(prompts)), max_steps=repeats)
+        trainer.add_callback(Turns())
+        trainer.train()
+    seconds = {name: statistics.median(values) for name, values in parts.items()}
+    report(f"GRPO, 64 x 8 x {ANSWER} words after {PROMPT}", seconds, {"ours": "1.5x"})
+    print("the same loss and gradient on the same batch: tests/test_transformer_trl.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["cache", "update", "precision", "generate", "trl"])
+    parser.add_argument("--repeats", type=int, help="turns of each contestant")
+    parser.add_argument("--agent", type=Path, help="folder of a trained captioning agent, for 'precision'")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    measure = {"cache": measure_cache, "update": measure_update, "generate": measure_generate, "trl": measure_trl}
+    usual = {"cache": 3, "update": 3, "precision": 5, "generate": 7, "trl": 2}
+    repeats = options.repeats or usual[options.what]
+    if options.what == "precision":
+        measure_precision(repeats, options.agent)
+    else:
+        measure[options.what](repeats)
+
+
+if __name__ == "__main__":
+    main()
