@@ -208,7 +208,9 @@ def measure_precision(repeats: int, agent: Path | None) -> None:
     trained = TransformerAgent.load(agent, device="cpu")
     envs = gym.make_vec(trained.settings.id, num_envs=256, split="test", **trained.settings.env_kwargs)
     both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in ("float32", half)]
-    captions = [[row[:n].flatten().tolist() for row, n in zip(e.actions, e.lengths, strict=True)] for e in both]
+    captions = [
+        [row[:n].flatten().tolist() for row, n in zip(e.actions, e.lengths, strict=True)] for e in both
+    ]
     same = sum(a == b for a, b in zip(*captions, strict=True))
     print(f"greedy captions of the test split that are the same in both: {same} of {len(captions[0])}")
 
@@ -219,7 +221,12 @@ def make_llama() -> Any:
 
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        **LLAMA, intermediate_size=688, vocab_size=WORDS, pad_token_id=0, bos_token_id=START, eos_token_id=None
+        **LLAMA,
+        intermediate_size=688,
+        vocab_size=WORDS,
+        pad_token_id=0,
+        bos_token_id=START,
+        eos_token_id=None,
     )
     model = hf.LlamaForCausalLM(config)
     torch.nn.init.normal_(model.lm_head.weight, std=config.hidden_size**-0.5)
@@ -260,13 +267,17 @@ def measure_generate(repeats: int) -> None:
         prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
         settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
         runs = {
-            "generate": lambda p=prompts, s=settings: model.generate(p, attention_mask=torch.ones_like(p), **s),
+            "generate": lambda p=prompts, s=settings: model.generate(
+                p, attention_mask=torch.ones_like(p), **s
+            ),
             "collect": lambda e=envs, g=generator: collect(policy, e, list(range(e.num_envs)), 1, g),
         }
         report(f"rollout of {rows} x {ANSWER} words", medians(runs, repeats), {"collect": "1.2x"})
 
 
-def make_trainer(model: Any, folder: str, prompts: Tensor, answers: int = 8, batch: int = 64, **more: Any) -> Any:
+def make_trainer(
+    model: Any, folder: str, prompts: Tensor, answers: int = 8, batch: int = 64, **more: Any
+) -> Any:
     """TRL's GRPO of the model on prompts ``(n, L)`` of word ids, one of its steps for all of them."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -351,7 +362,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    measure = {"cache": measure_cache, "update": measure_update, "generate": measure_generate, "trl": measure_trl}
+    measure = {
+        "cache": measure_cache,
+        "update": measure_update,
+        "generate": measure_generate,
+        "trl": measure_trl,
+    }
     usual = {"cache": 3, "update": 3, "precision": 5, "generate": 7, "trl": 2}
     repeats = options.repeats or usual[options.what]
     if options.what == "precision":

@@ -132,7 +132,7 @@ def train(
             asked |= {"temperature": temperature, "method": algo}
             saved = {name: getattr(model.settings, name, None) for name in asked}
             asked |= {"difficulty": level, "split": split, "num_envs": num_envs}
-            saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs["split"]}
+            saved |= {"difficulty": kwargs.get("difficulty", 0), "split": kwargs.get("split", "train")}
             saved["num_envs"] = model.n_envs
             saved["curriculum"] = getattr(model.settings, "curriculum", None) is not None
             trunk = getattr(model.settings, "backbone", None)
@@ -172,7 +172,7 @@ def train(
                 device=device,
                 seed=seed or 0,
                 env_kwargs={"difficulty": level or 0, "split": split or "train"},
-                encoders=None if encoder is None else encoders_of(encoder, id, source),
+                encoders=None if encoder is None else encoders_of(encoder, id, source, agent == TRANSFORMER),
             )
         if watch is not None and not is_transformer(model):
             raise ValueError(f"watch is of --agent transformer, got {watch!r} with {model.settings.algo!r}")
@@ -201,7 +201,7 @@ def pretrain_policy(
         check_new(out)
         env_kwargs = {"difficulty": parse_difficulty(difficulty)}
         arguments = {"seed": seed, "device": device, "env_kwargs": env_kwargs}
-        arguments["encoders"] = None if encoder is None else encoders_of(encoder, id, None)
+        arguments["encoders"] = None if encoder is None else encoders_of(encoder, id, None, True)
         model = make_transformer(id, num_envs, {"size": size, "algo": "supervised"}, arguments)
         say = spokesman(model)
     say(f"{size} learns from the oracle of {id}, {model.device}; logs: tensorboard --logdir {out}")
@@ -235,7 +235,7 @@ def distill(
         student = agents("transformer.distill").Student(
             model,
             size,
-            encoders=None if encoder is None else encoders_of(encoder, id, saved.get("source")),
+            encoders=None if encoder is None else encoders_of(encoder, id, saved.get("source"), True),
             recipe=agents("transformer.ppo").PPORecipe(
                 **({} if num_envs is None else {"num_envs": num_envs})
             ),
@@ -245,7 +245,8 @@ def distill(
         student.settings = replace(student.settings, env_kwargs=saved)
         say = spokesman(student)
     say(f"{size} learns from {teacher} on {id}, {student.device}; logs: tensorboard --logdir {out}")
-    finish(student, total, out, say, f"mmenvs evaluate {out}")
+    stopped = "what it has learned is kept, and 'mmenvs train --resume' would go on with PPO"
+    finish(student, total, out, say, f"mmenvs evaluate {out}", stopped=stopped)
 
 
 def make_agent(
@@ -291,10 +292,6 @@ def make_transformer(
         raise ValueError(f"size is the backbone's own with --backbone, got {given['size']!r}")
     recipes = agents("transformer.algorithms").RECIPES
     method = one_of("algo", given.pop("algo", "ppo"), tuple(recipes))
-    if arguments.get("encoders"):
-        # The transformer reads its own actions in the place of observations that repeat them.
-        seen = {k: v for k, v in arguments["encoders"].items() if k not in task_class(id).history}
-        arguments = {**arguments, "encoders": seen}
     recipe = recipes[method] if num_envs is None else replace(recipes[method], num_envs=num_envs)
     restraints: dict[str, Any] = {name: given.pop(name) for name in ("kl", "kl_target") if name in given}
     for option, name in (("penalty", "penalties"), ("limit", "limits")):
@@ -347,12 +344,16 @@ def spokesman(model: Any) -> Callable[[str], None]:
     return typer.echo
 
 
-def encoders_of(encoder: str, id: str, source: str | None) -> dict[str, str]:
-    """``encoder`` for the observations whose modality has one of this name; the others take their default."""
+def encoders_of(encoder: str, id: str, source: str | None, own: bool) -> dict[str, str]:
+    """``encoder`` for the observations whose modality has one of this name; the others take their default. A
+    transformer (``own``) reads its own actions in the place of observations that repeat them."""
     from mmenvs.embeddings.extractor import encoders_named
 
     env: Any = gym.make(id, **({} if source is None else {"source": open_source(source, id)}))
     space = env.observation_space
+    if own:
+        history = task_class(id).history
+        space = gym.spaces.Dict({name: part for name, part in space.items() if name not in history})
     env.close()
     return encoders_named(encoder, space)
 
@@ -366,17 +367,23 @@ def check_new(out: Path) -> None:
 
 
 def finish(
-    model: Any, total: int, out: Path, say: Callable[[str], None], following: str, alarm: Any = None
+    model: Any,
+    total: int,
+    out: Path,
+    say: Callable[[str], None],
+    following: str,
+    alarm: Any = None,
+    stopped: str = "'mmenvs train --resume' goes on",
 ) -> None:
     """Train an agent in a folder that is made if need be, and say what is there then."""
     with user_errors():
         out_folder(out)
-    if is_transformer(model):
-        finished = agents("transformer.agent").train(model, total, out, alarm=alarm)
-    else:
-        finished = agents("sb3").train(model, total, out)
+        if is_transformer(model):
+            finished = agents("transformer.agent").train(model, total, out, alarm=alarm)
+        else:
+            finished = agents("sb3").train(model, total, out)
     say(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
-        say("stopped early; 'mmenvs train --resume' goes on")
+        say(f"stopped early; {stopped}")
         raise typer.Exit(130)
     say(f"next: {following}")

@@ -123,13 +123,15 @@ def test_one_that_dies_hangs_or_raises_costs_its_own_run():
     assert not multiprocessing.active_children()
 
 
-def test_workers_have_one_thread():
+def test_workers_have_one_thread(monkeypatch):
+    for name in pool.THREADS:
+        monkeypatch.delenv(name, raising=False)
     events = list(pool.run_all([run_of("ppo")], _environment, **SETTINGS))
     assert events[0].rows == ["1", "1"]
 
 
 def _environment(run, device, tell):
-    return [os.environ["OMP_NUM_THREADS"], os.environ["NUMBA_NUM_THREADS"]]
+    return [os.environ[name] for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")]
 
 
 def test_failed_runs_are_rows_and_are_tried_again(tiny, tmp_path, monkeypatch):

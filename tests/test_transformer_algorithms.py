@@ -207,7 +207,8 @@ def test_cloning_needs_an_oracle():
 def test_an_agent_begins_with_another_and_goes_on_bit_by_bit(tmp_path, method):
     base = made("supervised")
     base.learn(64, out=tmp_path / "base")
-    restraints = Restraints(kl=0.02, kl_target=0.01, limits={"hallucination": 0.0}, penalties={"length": 0.1})
+    pull = {} if method == "dpo" else {"kl": 0.02, "kl_target": 0.01}
+    restraints = Restraints(**pull, limits={"hallucination": 0.0}, penalties={"length": 0.1})
     agent = TransformerAgent(
         CAPTIONING, init=tmp_path / "base", method=method, recipe=quick(method), device="cpu",
         env_kwargs=SMALL, restraints=restraints, precision="float32",
@@ -227,6 +228,18 @@ def test_an_agent_begins_with_another_and_goes_on_bit_by_bit(tmp_path, method):
     reference = zip(agent.reference.parameters(), base.policy.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in reference)
     assert agent.coefficients == again.coefficients
+
+
+def test_the_reference_has_the_temperature_of_the_policy(tmp_path):
+    agent = made("grpo", temperature=2.0, restraints=Restraints(kl=0.1))
+    agent.save(tmp_path)
+    for each in (agent, TransformerAgent.load(tmp_path, device="cpu")):
+        rollout = collect(each.policy, each.get_env(), 0, 1, torch.Generator().manual_seed(0))
+        valid = rollout.episodes.valid
+        known = log_probs_of(each.reference, rollout.episodes)
+        torch.testing.assert_close(known[valid], rollout.log_probs[valid], atol=1e-5, rtol=1e-5)
+    begun = TransformerAgent(CAPTIONING, init=tmp_path, device="cpu", env_kwargs=SMALL)
+    assert begun.settings.temperature == 2.0
 
 
 def test_the_pull_holds_the_policy_to_its_reference():
@@ -374,6 +387,8 @@ def test_bad_agents(tmp_path):
         make_agent(recipe=RECIPES["dpo"], method="grpo")
     with pytest.raises(ValueError, match=r"restraints must be one of .*'hallucination'.*, got 'beauty'"):
         made("grpo", restraints=Restraints(penalties={"beauty": 1.0}))
+    with pytest.raises(ValueError, match="kl must be 0 with method='dpo'"):
+        made("dpo", restraints=Restraints(kl=0.1))
     with pytest.raises(ValueError, match="supervised"):
         made("supervised", restraints=Restraints(kl=0.1))
     with pytest.raises(FileNotFoundError, match="no agent in"):

@@ -35,7 +35,7 @@ from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
 from .devices import Devices
-from .learning import Anchor, Recipe, log_probs_of
+from .learning import Anchor, Recipe, check_group, log_probs_of
 from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Rollout, as_tensors
@@ -116,7 +116,7 @@ class TransformerAgent:
         backbone: str | Backbone | None = None,
         lora: int = 0,
         curriculum: Curriculum | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         compile: bool = False,
     ) -> None:
         self.devices = Devices(device)
@@ -129,6 +129,10 @@ class TransformerAgent:
             raise TypeError(
                 f"recipe must be a {expected} with method={method!r}, got {type(recipe).__name__}"
             )
+        if method == "dpo" and restraints.kl:
+            raise ValueError(
+                f"kl must be 0 with method='dpo', whose beta holds the policy, got {restraints.kl}"
+            )
         if method == SUPERVISED and restraints != Restraints():
             raise ValueError("restraints are for reinforcement learning, method='supervised' has no reward")
         started = {} if init is None else _model_settings(init)
@@ -137,6 +141,8 @@ class TransformerAgent:
                 if value is not None:
                     raise ValueError(f"{name} is that of the agent in init={str(init)!r}, got {value!r}")
             size, encoders, backbone = started["model"], started["encoders"], started["backbone"]
+            temperature = started["temperature"] if temperature is None else temperature
+        temperature = 1.0 if temperature is None else temperature
         size = size or "nano"
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
@@ -155,7 +161,13 @@ class TransformerAgent:
         if curriculum is not None:
             if not isinstance(env, str):
                 raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
+            asked = (env_kwargs or {}).get("difficulty", curriculum.last)
+            if asked != curriculum.last:
+                raise ValueError(
+                    f"difficulty must be the curriculum's last={curriculum.last} or left out, got {asked}"
+                )
             env_kwargs = {**(env_kwargs or {}), "difficulty": curriculum.last}
+        check_group(getattr(recipe, "group", 1), self.devices.share(recipe.num_envs), several=False)
         if isinstance(env, str):
             task_class(env)
             envs: Envs = gym.make_vec(env, num_envs=self.devices.share(recipe.num_envs), **(env_kwargs or {}))
@@ -196,6 +208,7 @@ class TransformerAgent:
                 seen, self.action_space, settings.model, settings.fixed, settings.history,
                 settings.encoders, settings.precision, settings.backbone,
             ).to(self.device)  # fmt: skip
+        self.policy.actor.temperature = settings.temperature
         if init is not None:
             _begin_with(self.policy, init)
         self.reference = None
@@ -210,7 +223,6 @@ class TransformerAgent:
             self.optimizer = Muon(
                 self.policy, heads, recipe.learning_rate, pretrained=trunk.model, scale=trunk.scale
             )
-        self.policy.actor.temperature = settings.temperature
         if compile:
             self.policy.compile_trunk()
         self.num_timesteps = self.iteration = 0
@@ -585,6 +597,7 @@ def _model_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "model": ModelConfig(**settings["model"]),
             "encoders": _encoders_of(settings),
             "backbone": _backbone_of(settings),
+            "temperature": settings.get("temperature", 1.0),
         }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(

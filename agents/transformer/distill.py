@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.pretrained import Pretrained
 
 from . import ppo
@@ -46,7 +47,8 @@ class Student(TransformerAgent):
         seed: int = 0,
         recipe: ppo.PPORecipe | None = None,
         env_kwargs: Mapping[str, Any] | None = None,
-        **arguments: Any,
+        precision: Precision | None = None,
+        compile: bool = False,
     ) -> None:
         known = teacher.settings
         if known.id is None and env is None:
@@ -61,7 +63,8 @@ class Student(TransformerAgent):
             recipe=recipe,
             fixed=known.fixed,
             history=known.history,
-            **arguments,
+            precision=precision,
+            compile=compile,
         )
         if self.action_space != teacher.action_space:
             raise ValueError(

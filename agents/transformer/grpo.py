@@ -17,6 +17,10 @@ name             baseline                     divided by      the loss of an epi
                                                               sequence training")
 ``reinforce``    mean of the rollout          nothing         the sum over its steps (Williams 1992)
 ================ ============================ =============== ====================================================
+
+All of them clip the ratio of probabilities as PPO does, since a rollout is learned from in several minibatches; with
+``minibatches=1`` there is nothing to clip, as in the papers of the last three. DAPO's dynamic sampling and its penalty
+of overlong answers are not here. What greedy decoding plays for ``scst`` doesn't count as steps of training.
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,13 +89,16 @@ VARIANTS: dict[str, GRPORecipe] = {
 }
 
 
-def advantages_of(returns: Tensor, recipe: GRPORecipe, greedy: Tensor | None = None) -> Tensor:
+def advantages_of(
+    returns: Tensor, recipe: GRPORecipe, greedy: Tensor | None = None, devices: Devices = ALONE
+) -> Tensor:
     """Advantages of whole episodes.
 
     Args:
         returns: ``(n, G)`` float32.
         recipe: settings.
         greedy: returns ``(n,)`` of the most likely actions in the same episodes, for that baseline.
+        devices: whose returns are the rollout.
 
     Returns:
         ``(n, G)`` float32.
@@ -103,7 +109,7 @@ def advantages_of(returns: Tensor, recipe: GRPORecipe, greedy: Tensor | None = N
             raise ValueError("greedy must be given with baseline='greedy', got None")
         mean = greedy[:, None]
     elif recipe.baseline == "rollout":
-        mean = returns.mean()
+        mean = returns.new_tensor(devices.moments(returns.flatten())[0])
     advantages = returns - mean
     if recipe.baseline == "others":
         # The mean of the others is farther off than that of all, by this factor.
@@ -154,7 +160,7 @@ def update(
     lengths = rollout.episodes.lengths
     returns = rollout.rewards.sum(1).view(-1, recipe.group)
     greedy = None if rollout.greedy is None else rollout.greedy.rewards.sum(1)[:: recipe.group]
-    advantages = advantages_of(returns, recipe, greedy).flatten()  # (B,)
+    advantages = advantages_of(returns, recipe, greedy, devices).flatten()  # (B,)
 
     def loss(rows: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         count, total = devices.total(torch.stack([torch.tensor(len(batch)), lengths[batch].sum()])).tolist()
@@ -165,10 +171,10 @@ def update(
 
     groups = torch.arange(len(lengths)).view(-1, recipe.group)
     log = descend(policy, optimizer, groups, loss, recipe, remaining, generator, devices)
-    told_apart = returns.std(1) > 0 if recipe.group > 1 else torch.tensor([1.0])
+    told_apart = returns.std(1) > 0 if recipe.group > 1 else torch.ones(len(returns))
     return log | {
-        "train/return_spread": float(np.std(returns.numpy())),
-        "train/groups_that_differ": float(told_apart.float().mean()),
+        "train/return_spread": devices.moments(returns.flatten())[1] ** 0.5,
+        "train/groups_that_differ": devices.moments(told_apart.float())[0],
         "train/entropy_coef": entropy_coef,
     }
 

@@ -34,7 +34,7 @@ class Recipe:
         accumulate: parts of a minibatch whose gradients are added up, to save memory.
         learning_rate: at the start, of Adam; Muon's is 20 times that. Both fall linearly to 2 %.
         max_grad_norm: gradients are scaled down to this norm.
-        target_kl: an update ends once the policy has moved this far, in nats; 0 is never.
+        target_kl: an update of PPO or GRPO ends once the policy has moved this far, in nats; 0 is never.
     """
 
     num_envs: int = 128
@@ -139,7 +139,8 @@ def descend(
     for batch in (part for order in shuffled for part in order.tensor_split(minibatches)):
         optimizer.zero_grad()
         means: defaultdict[str, float] = defaultdict(float)
-        for part in batch.tensor_split(min(recipe.accumulate, len(batch))):
+        # As many parts in every process, since each asks the others for what they have.
+        for part in batch.tensor_split(min(recipe.accumulate, devices.least(len(batch)))):
             loss, logged = part_loss(groups[part].flatten(), groups[batch].flatten())
             loss.backward()
             for name, value in logged.items():

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmenvs.benchmark.rows import Row
 
-THREADS = ("OMP_NUMTHREADS", "MKL_NUMTHREADS", "OPENBLAS_NUMTHREADS", "NUMBA_NUMTHREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _POLL = 0.25  # seconds
 Tell = Callable[[float, float | None], Any]  # share of the run that is done, score so far
 Execute = Callable[[Mapping[str, Any], str, Tell], Sequence[Row]]
