@@ -23,7 +23,12 @@ LENGTHS = torch.tensor([24, 3, 1, 12, 24, 24, 8, 17])
 def sides(tmp_path_factory):
     """TRL's trainer of a Llama, and a policy with the same weights."""
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        small = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
         patch.setattr(bench, "LLAMA", small)
         model = bench.make_llama()
     policy = bench.policy_of(model, LENGTH)
