@@ -42,6 +42,7 @@ from mmenvs.spaces import text
 
 WORDS, START = 512, 1  # words 0 and 1 are padding and the one that begins an answer
 PROMPT, ANSWER = 88, 24
+PRECISIONS = ("float32", "bfloat16")
 # Of the language model: 3 million parameters.
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 LLAMA["num_key_value_heads"] = 2
@@ -188,19 +189,18 @@ def measure_precision(repeats: int, agent: Path | None) -> None:
     print(f"bfloat16 arithmetic of this CPU: {', '.join(sorted(flags)) or 'none'}\n")
     policy, prompts = make_policy(), make_prompts(16)
     words = play_cached(policy, prompts)
-    half = "bfloat16"
     for title, run in {
         f"rollout of 16 x {ANSWER} words": lambda p: play_cached(p, prompts),
         f"update by 16 x {ANSWER} words": lambda p: learn(p, prompts, words, False),
     }.items():
-        runs = {p: lambda p=p, run=run: run(in_precision(policy, p)) for p in ("float32", half)}
-        report(title, medians(runs, repeats), {half: "1.3x"})
+        runs = {p: lambda p=p, run=run: run(in_precision(policy, p)) for p in PRECISIONS}
+        report(title, medians(runs, repeats), {"bfloat16": "1.3x"})
     if agent is None:
         print("captions are compared with --agent DIR, an agent trained on MMRL/Captioning-v0")
         return
     trained = TransformerAgent.load(agent, device="cpu")
     envs = gym.make_vec(trained.settings.id, num_envs=256, split="test", **trained.settings.env_kwargs)
-    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in ("float32", half)]
+    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in PRECISIONS]
     captions = [
         [row[:n].flatten().tolist() for row, n in zip(e.actions, e.lengths, strict=True)] for e in both
     ]
@@ -324,7 +324,6 @@ def measure_trl(repeats: int) -> None:
         trainer.train()
     seconds = {name: statistics.median(values) for name, values in parts.items()}
     report(f"GRPO, 64 x 8 x {ANSWER} words after {PROMPT}", seconds, {"ours": "1.5x"})
-    print("the same loss and gradient on the same batch: tests/test_transformer_trl.py")
 
 
 def main() -> None:
