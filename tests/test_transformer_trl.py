@@ -30,6 +30,8 @@ def sides(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("trl"))
     trainer = bench.make_trainer(model, folder, prompts(), GROUP, PROMPTS * GROUP)
     trainer.current_gradient_accumulation_steps = 1
+    # By default TRL weighs the divergence from the reference by the ratio of probabilities; ours is that of the GRPO paper.
+    trainer.args.use_bias_correction_kl = False
     trainer.model.train()
     trainer.model.get_decoder().register_forward_pre_hook(both_directions, with_kwargs=True)
     return trainer, policy
