@@ -42,8 +42,10 @@ from mmenvs.spaces import text
 
 WORDS, START = 512, 1  # words 0 and 1 are padding and the one that begins an answer
 PROMPT, ANSWER = 88, 24
+PRECISIONS = ("float32", "bfloat16")
 # Of the language model: 3 million parameters.
-LLAMA = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA["num_key_value_heads"] = 2
 
 
 class Words(gym.vector.VectorEnv):
@@ -82,15 +84,8 @@ def make_policy(
 ) -> TransformerPolicy:
     """A policy with random weights, whose words are not all as likely."""
     torch.manual_seed(0)
-    envs = Words(1, prompt)
-    policy = TransformerPolicy(
-        envs.single_observation_space,
-        envs.single_action_space,
-        config,
-        fixed=("prompt",),
-        encoders={"prompt": "bow"},
-        backbone=backbone,
-    )
+    seen, done = Words(1, prompt).single_observation_space, spaces.Discrete(WORDS)
+    policy = TransformerPolicy(seen, done, config, ("prompt",), encoders={"prompt": "bow"}, backbone=backbone)
     torch.nn.init.normal_(policy.actor.out.weight, std=4 / policy.width**0.5)
     return policy
 
@@ -141,9 +136,8 @@ def learn(
 
 def apart(one: list[Tensor], other: list[Tensor]) -> float:
     """Largest difference of gradients, of the largest gradient."""
-    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) / max(
-        float(a.abs().max()) for a in one
-    )
+    furthest = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+    return furthest / max(float(a.abs().max()) for a in one)
 
 
 def report(title: str, seconds: dict[str, float], owed: dict[str, str]) -> None:
@@ -172,15 +166,15 @@ def measure_update(repeats: int) -> None:
     """Forward and backward pass over 8 answers to one prompt."""
     policy, prompts = make_policy(), make_prompts(8, group=8)
     words = torch.randint(2, WORDS, (8, ANSWER, 1), generator=torch.Generator().manual_seed(1))
-    each, whole, shared = "one pass a word", "one pass a sequence", "the prompt shared by 8 answers"
     found: dict[str, list[Tensor]] = {}
+    ways = {"one pass a word": (True, 1), "one a sequence": (False, 1), "prompt shared by 8": (False, 8)}
     runs = {
-        each: lambda: found.update(each=learn(policy, prompts, words, True)),
-        whole: lambda: found.update(whole=learn(policy, prompts, words, False)),
-        shared: lambda: found.update(shared=learn(policy, prompts, words, False, 8)),
+        name: lambda name=name, way=way: found.update({name: learn(policy, prompts, words, *way)})
+        for name, way in ways.items()
     }
-    report(f"update by 8 x {ANSWER} words", medians(runs, repeats), {whole: "12x"})
-    furthest = max(apart(found["whole"], found[other]) for other in ("each", "shared"))
+    report(f"update by 8 x {ANSWER} words", medians(runs, repeats), {"one a sequence": "12x"})
+    whole = found.pop("one a sequence")
+    furthest = max(apart(whole, other) for other in found.values())
     print(f"gradients differ by {furthest:.0e} of the largest at most")
 
 
@@ -195,19 +189,18 @@ def measure_precision(repeats: int, agent: Path | None) -> None:
     print(f"bfloat16 arithmetic of this CPU: {', '.join(sorted(flags)) or 'none'}\n")
     policy, prompts = make_policy(), make_prompts(16)
     words = play_cached(policy, prompts)
-    half = "bfloat16"
     for title, run in {
         f"rollout of 16 x {ANSWER} words": lambda p: play_cached(p, prompts),
         f"update by 16 x {ANSWER} words": lambda p: learn(p, prompts, words, False),
     }.items():
-        runs = {p: lambda p=p, run=run: run(in_precision(policy, p)) for p in ("float32", half)}
-        report(title, medians(runs, repeats), {half: "1.3x"})
+        runs = {p: lambda p=p, run=run: run(in_precision(policy, p)) for p in PRECISIONS}
+        report(title, medians(runs, repeats), {"bfloat16": "1.3x"})
     if agent is None:
         print("captions are compared with --agent DIR, an agent trained on MMRL/Captioning-v0")
         return
     trained = TransformerAgent.load(agent, device="cpu")
     envs = gym.make_vec(trained.settings.id, num_envs=256, split="test", **trained.settings.env_kwargs)
-    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in ("float32", half)]
+    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in PRECISIONS]
     captions = [
         [row[:n].flatten().tolist() for row, n in zip(e.actions, e.lengths, strict=True)] for e in both
     ]
@@ -220,14 +213,7 @@ def make_llama() -> Any:
     import transformers as hf
 
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        **LLAMA,
-        intermediate_size=688,
-        vocab_size=WORDS,
-        pad_token_id=0,
-        bos_token_id=START,
-        eos_token_id=None,
-    )
+    config = hf.LlamaConfig(**LLAMA, vocab_size=WORDS, pad_token_id=0, bos_token_id=START, eos_token_id=None)
     model = hf.LlamaForCausalLM(config)
     torch.nn.init.normal_(model.lm_head.weight, std=config.hidden_size**-0.5)
     words = model.get_input_embeddings().weight.data
@@ -259,7 +245,7 @@ def after(prompts: Tensor) -> Tensor:
 
 
 def measure_generate(repeats: int) -> None:
-    """Sampled answers; ours include what the update needs to know and the environment."""
+    """Sampled answers; ours with log-probabilities, values and the environment."""
     model = make_llama().eval()
     policy = policy_of(model)
     for rows in (16, 64):
@@ -293,24 +279,13 @@ def make_trainer(
     def paid(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [sum(i % 2 == 0 for i in ids) / ANSWER for ids in completion_ids]
 
+    # Gradient checkpointing, which TRL has on, would save memory and take time.
     settings = GRPOConfig(
-        folder,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=len(prompts) * answers // batch,
-        num_generations=answers,
-        max_completion_length=ANSWER,
-        temperature=1.0,
-        top_k=0,
-        beta=0.0,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,  # saves memory, and takes time
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        **more,
-    )
+        folder, per_device_train_batch_size=batch, gradient_accumulation_steps=len(prompts) * answers // batch,
+        num_generations=answers, max_completion_length=ANSWER, temperature=1.0, top_k=0, beta=0.0, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True, logging_strategy="no",
+        save_strategy="no", **more,
+    )  # fmt: skip
     data = Dataset.from_dict({"prompt": [" ".join(map(str, row)) for row in prompts.tolist()]})
     return GRPOTrainer(model, paid, settings, train_dataset=data, processing_class=tokenizer)
 
@@ -324,16 +299,14 @@ def measure_trl(repeats: int) -> None:
     envs, recipe = Words(64 * 8, PROMPT - 1), grpo.VARIANTS["dapo"]
     recipe = replace(recipe, num_envs=64 * 8, minibatches=1, accumulate=8)
     optimizer, generator = torch.optim.AdamW(policy.parameters()), torch.Generator().manual_seed(0)
-    begin, parts = 0.0, {"TRL": [], "ours": [], "ours, rollout": [], "ours, update": []}
+    begin, parts = 0.0, {"TRL": [], "ours": [], "of it the rollout": []}
 
     def iterate() -> None:
-        times = [time.process_time()]
+        begin = time.process_time()
         rollout = grpo.play(policy, envs, recipe, 0, generator)
-        times.append(time.process_time())
+        parts["of it the rollout"].append(time.process_time() - begin)
         grpo.update(policy, optimizer, rollout, recipe, 1.0, generator)
-        times.append(time.process_time())
-        for name, first, last in (("ours", 0, 2), ("ours, rollout", 0, 1), ("ours, update", 1, 2)):
-            parts[name].append(times[last] - times[first])
+        parts["ours"].append(time.process_time() - begin)
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -351,7 +324,6 @@ def measure_trl(repeats: int) -> None:
         trainer.train()
     seconds = {name: statistics.median(values) for name, values in parts.items()}
     report(f"GRPO, 64 x 8 x {ANSWER} words after {PROMPT}", seconds, {"ours": "1.5x"})
-    print("the same loss and gradient on the same batch: tests/test_transformer_trl.py")
 
 
 def main() -> None:
@@ -362,18 +334,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    measure = {
-        "cache": measure_cache,
-        "update": measure_update,
-        "generate": measure_generate,
-        "trl": measure_trl,
+    measures: dict[str, tuple[Callable[[int], None], int]] = {
+        "cache": (measure_cache, 3),
+        "update": (measure_update, 3),
+        "precision": (lambda repeats: measure_precision(repeats, options.agent), 5),
+        "generate": (measure_generate, 7),
+        "trl": (measure_trl, 2),
     }
-    usual = {"cache": 3, "update": 3, "precision": 5, "generate": 7, "trl": 2}
-    repeats = options.repeats or usual[options.what]
-    if options.what == "precision":
-        measure_precision(repeats, options.agent)
-    else:
-        measure[options.what](repeats)
+    measure, usual = measures[options.what]
+    measure(options.repeats or usual)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from mmenvs_agents.transformer.rollout import Rollout
 
 pytest.importorskip("trl", reason="TRL's trainer is what GRPO is compared with: pip install trl")
 from benchmarks import transformer as bench
+from tests.tiny_models import SMALL
 
 # TRL still uses the old name of an argument of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -23,18 +24,14 @@ LENGTHS = torch.tensor([24, 3, 1, 12, 24, 24, 8, 17])
 def sides(tmp_path_factory):
     """TRL's trainer of a Llama, and a policy with the same weights."""
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        small = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-        }
-        patch.setattr(bench, "LLAMA", small)
+        patch.setattr(bench, "LLAMA", {**SMALL, "num_key_value_heads": 1})
         model = bench.make_llama()
     policy = bench.policy_of(model, LENGTH)
     folder = str(tmp_path_factory.mktemp("trl"))
     trainer = bench.make_trainer(model, folder, prompts(), GROUP, PROMPTS * GROUP)
     trainer.current_gradient_accumulation_steps = 1
+    # By default TRL weighs the divergence from the reference by the ratio of probabilities; ours is that of the GRPO paper.
+    trainer.args.use_bias_correction_kl = False
     trainer.model.train()
     trainer.model.get_decoder().register_forward_pre_hook(both_directions, with_kwargs=True)
     return trainer, policy
