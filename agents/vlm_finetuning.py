@@ -22,7 +22,13 @@ from .transformer.learning import NonFiniteGradientError
 from .vlm import FORMAT, SETTINGS, VLMPolicy, VLMSettings, longest_answer, read_model
 
 # Learning rates that are usual for LoRA, and for all weights.
-_RATES = {"sft": (2e-4, 2e-5), "grpo": (1e-5, 1e-6), "rloo": (1e-5, 1e-6), "dpo": (5e-6, 5e-7), "ppo": (1e-5, 1e-6)}
+_RATES = {
+    "sft": (2e-4, 2e-5),
+    "grpo": (1e-5, 1e-6),
+    "rloo": (1e-5, 1e-6),
+    "dpo": (5e-6, 5e-7),
+    "ppo": (1e-5, 1e-6),
+}
 _SHOWN = ("loss", "reward", "success", "unparsable", "kl", "mean_token_accuracy", "rewards/accuracies")
 
 

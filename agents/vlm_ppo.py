@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,11 @@ class TokenPPO(PPORecipe):
     value_coef: float = 0.1
     entropy: float = 0.0
     kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.learning_rate:
+            raise ValueError("learning_rate of the value head must be over 0, got 0")
 
     @classmethod
     def of(cls, settings: VLMSettings) -> TokenPPO:
@@ -127,11 +132,15 @@ class ActorCritic(nn.Module):
         said = tokens.to(inputs["input_ids"].device)
         for name, value in inputs.items():
             if value.shape == prompt:  # ids, mask and kinds of tokens; the others are pictures
-                more = {"input_ids": said, "attention_mask": valid.to(value)}.get(name, torch.zeros_like(said))
+                more = {"input_ids": said, "attention_mask": valid.to(value)}.get(
+                    name, torch.zeros_like(said)
+                )
                 inputs[name] = torch.cat([value, more.to(value)], 1)  # (n, L + T)
         with self.precision():
-            output = (model or self.model)(**inputs, output_hidden_states=True, use_cache=False)
-        before = slice(prompt[1] - 1, -1)  # a token is drawn at the place before its own
+            output = (model or self.model)(
+                **inputs, output_hidden_states=True, use_cache=False, logits_to_keep=said.shape[1] + 1
+            )
+        before = slice(-said.shape[1] - 1, -1)  # a token is drawn at the place before its own
         logits = output.logits[:, before].float() / self.player.settings.temperature  # (n, T, V)
         never = self.player.decoding(False).suppress_tokens
         blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -162,7 +171,7 @@ class Learner:
         self.player, self.settings = player, player.settings
         self.recipe = TokenPPO.of(player.settings)
         self.actor = ActorCritic(player)
-        self.frozen: Any = None
+        self.frozen: Any = None  # with adapters, the model without them is the one before
         if self.recipe.kl and not self.settings.lora:
             self.frozen = copy.deepcopy(player.model).requires_grad_(False)
         rate = self.recipe.learning_rate
@@ -222,15 +231,15 @@ class Learner:
         rewards[torch.arange(len(seeds)), lengths - 1] = torch.from_numpy(scored.rewards).float()
         empty = torch.zeros(tokens.shape)
         answers = Answers(conversations, pictures, tokens, lengths, empty, empty, empty, rewards)
-        known = torch.cat([self._known(answers, rows) for rows in parts])  # (B, T, 3)
-        log_probs, values, reference = known.unbind(-1)
+        known = torch.cat([self._known(answers, rows) for rows in parts]).unbind(-1)  # (B, T) each
+        answers = replace(answers, log_probs=known[0], values=known[1], reference=known[2])
         scores = {
             "reward": float(scored.rewards.mean()),
             "success": float(scored.successes.mean()),
             "unparsable": float(scored.unparsable.mean()),
             "length": float(lengths.float().mean()),
         }
-        return Answers(conversations, pictures, tokens, lengths, log_probs, values, reference, rewards), scores
+        return answers, scores
 
     def update(self, answers: Answers) -> dict[str, float]:
         """Learn from answers of this model; means by name.
@@ -245,9 +254,8 @@ class Learner:
         targets = advantages + answers.values
         mean, variance = ALONE.moments(advantages[valid])
         advantages = (advantages - mean) / (variance**0.5 + 1e-8)
-        known = torch.stack(
-            [answers.log_probs, advantages, answers.values, targets, answers.reference], -1
-        )  # (B, T, 5)
+        old, before = answers.log_probs, answers.reference
+        known = torch.stack([old, advantages, answers.values, targets, before], -1)  # (B, T, 5)
 
         def loss(rows: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             total = int(lengths[batch].sum())
@@ -260,9 +268,7 @@ class Learner:
         row = {name.removeprefix("train/"): value for name, value in log.items()}
         return row | {"explained_variance": 1 - left / spread if spread > 0 else 0.0}
 
-    def _sums(
-        self, answers: Answers, rows: Tensor, known: Tensor, entropy_coef: float
-    ) -> dict[str, Tensor]:
+    def _sums(self, answers: Answers, rows: Tensor, known: Tensor, entropy_coef: float) -> dict[str, Tensor]:
         """The loss of some answers and its parts, summed over their tokens."""
         recipe = self.recipe
         drawn_from, values, tokens, valid = self._pass(answers, rows)
@@ -287,8 +293,9 @@ class Learner:
         drawn_from, values, tokens, valid = self._pass(answers, rows)
         log_probs = reference = drawn_from.log_prob(tokens)
         if self.recipe.kl:
-            with self._before() as model:
-                reference = self._pass(answers, rows, model)[0].log_prob(tokens)
+            whole = self.player.model
+            with whole.disable_adapter() if self.frozen is None else contextlib.nullcontext():
+                reference = self._pass(answers, rows, self.frozen or whole)[0].log_prob(tokens)
         found = torch.stack([log_probs, values, reference], -1).masked_fill(~valid[..., None], 0.0)
         return nn.functional.pad(found.cpu(), (0, 0, 0, answers.tokens.shape[1] - found.shape[1]))
 
@@ -303,12 +310,3 @@ class Learner:
         )
         drawn_from, values = self.actor(conversations, pictures, tokens, valid, model)
         return drawn_from, values, tokens.to(values.device), valid.to(values.device)
-
-    @contextlib.contextmanager
-    def _before(self) -> Iterator[Any]:
-        """The model as it was before: a frozen copy, or itself without its adapters."""
-        if self.frozen is not None:
-            yield self.frozen
-        else:
-            with self.player.model.disable_adapter():
-                yield self.player.model

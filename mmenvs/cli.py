@@ -48,7 +48,7 @@ def user_errors() -> Iterator[None]:
     """What a user got wrong ends the command with one line and exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, gym.error.Error) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, gym.error.Error) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
 

@@ -87,10 +87,7 @@ def finetune_vlm(
 
         if episodes:
             measure("zero-shot", agent.zero_shot(settings, device))
-        try:
-            finished = tuning.finetune(settings, out, device, typer.echo)
-        except FloatingPointError as error:
-            raise ValueError(str(error)) from error
+        finished = tuning.finetune(settings, out, device, typer.echo)
     typer.echo(f"saved: {out}")
     if episodes:
         with user_errors():
