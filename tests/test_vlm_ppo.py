@@ -20,6 +20,9 @@ from peft import get_peft_model
 from mmenvs.integrations.trl import Scored, TextEpisodes
 from tests import tiny_models
 
+# PEFT still uses the old name of a property of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -80,7 +83,7 @@ def test_log_probabilities_are_those_that_generation_drew_with(folder, name):
     part = some._sums(answers, torch.tensor([2, 6]), known(answers), 0.0)
     assert torch.equal(tokens, answers.tokens)
     assert torch.equal(valid, answers.valid)
-    assert abs(float(part["approx_kl"])) < 1e-6
+    assert abs(float(part["approx_kl"].detach())) < 1e-6
     assert float(part["clip_fraction"]) == 0
 
 
