@@ -106,8 +106,8 @@ class ActorCritic(nn.Module):
         self.player, self.model = player, player.model.eval()
         width = player.model.get_output_embeddings().weight.shape[1]
         self.value = nn.Linear(width, 1, device=player.model.device)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        for parameter in self.value.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -142,10 +142,8 @@ class ActorCritic(nn.Module):
             )
         before = slice(-said.shape[1] - 1, -1)  # a token is drawn at the place before its own
         logits = output.logits[:, before].float() / self.player.settings.temperature  # (n, T, V)
-        never = self.player.decoding(False).suppress_tokens
-        blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        blocked[never] = True
-        logits = logits.masked_fill(blocked, torch.finfo(logits.dtype).min)
+        never = torch.tensor(self.player.decoding(False).suppress_tokens, device=logits.device)
+        logits = logits.index_fill(-1, never, torch.finfo(logits.dtype).min)
         values = self.value(output.hidden_states[-1][:, before].float()).squeeze(-1)
         return Categorical(logits=logits, validate_args=False), values
 
@@ -174,14 +172,9 @@ class Learner:
         self.frozen: Any = None  # with adapters, the model without them is the one before
         if self.recipe.kl and not self.settings.lora:
             self.frozen = copy.deepcopy(player.model).requires_grad_(False)
-        rate = self.recipe.learning_rate
-        self.optimizer = Muon(
-            self.actor,
-            [self.actor.value],
-            rate,
-            pretrained=self.actor.model,
-            scale=learning_rate / rate if rate else 0.0,
-        )
+        head, rate = self.actor.value, self.recipe.learning_rate
+        scale = learning_rate / rate
+        self.optimizer = Muon(self.actor, [head], rate, pretrained=self.actor.model, scale=scale)
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.first = int(np.random.SeedSequence([self.settings.seed]).generate_state(1)[0])
         self.log: list[dict[str, float]] = []
@@ -233,13 +226,8 @@ class Learner:
         answers = Answers(conversations, pictures, tokens, lengths, empty, empty, empty, rewards)
         known = torch.cat([self._known(answers, rows) for rows in parts]).unbind(-1)  # (B, T) each
         answers = replace(answers, log_probs=known[0], values=known[1], reference=known[2])
-        scores = {
-            "reward": float(scored.rewards.mean()),
-            "success": float(scored.successes.mean()),
-            "unparsable": float(scored.unparsable.mean()),
-            "length": float(lengths.float().mean()),
-        }
-        return answers, scores
+        means = {"reward": scored.rewards, "success": scored.successes, "unparsable": scored.unparsable}
+        return answers, {name: float(x.mean()) for name, x in {**means, "length": lengths.numpy()}.items()}
 
     def update(self, answers: Answers) -> dict[str, float]:
         """Learn from answers of this model; means by name.
