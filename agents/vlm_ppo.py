@@ -168,13 +168,12 @@ class Learner:
     def __init__(self, player: VLMPolicy, learning_rate: float) -> None:
         self.player, self.settings = player, player.settings
         self.recipe = TokenPPO.of(player.settings)
-        self.actor = ActorCritic(player)
+        self.actor = actor = ActorCritic(player)
         self.frozen: Any = None  # with adapters, the model without them is the one before
         if self.recipe.kl and not self.settings.lora:
             self.frozen = copy.deepcopy(player.model).requires_grad_(False)
-        head, rate = self.actor.value, self.recipe.learning_rate
-        scale = learning_rate / rate
-        self.optimizer = Muon(self.actor, [head], rate, pretrained=self.actor.model, scale=scale)
+        rate = self.recipe.learning_rate
+        self.optimizer = Muon(actor, [actor.value], rate, pretrained=actor.model, scale=learning_rate / rate)
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.first = int(np.random.SeedSequence([self.settings.seed]).generate_state(1)[0])
         self.log: list[dict[str, float]] = []
