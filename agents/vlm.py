@@ -25,7 +25,7 @@ from mmenvs.integrations.trl import CaptionReader, TextEpisodes
 
 FORMAT = 1
 SETTINGS = "vlm.json"
-ALGOS = ("sft", "grpo", "rloo", "dpo")
+ALGOS = ("sft", "grpo", "rloo", "dpo", "ppo")
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,22 @@ class VLMSettings:
             text that names one, such as ``"vqav2:FOLDER"``, which is kept with the model; a reader isn't.
         model: folder or Hugging Face name of a model that ``AutoModelForImageTextToText`` loads.
         algo: ``"sft"`` (cross-entropy on what the oracle says), ``"grpo"`` (Shao et al. 2024), ``"rloo"``
-            (Ahmadian et al. 2024) or ``"dpo"`` (Rafailov et al. 2023).
+            (Ahmadian et al. 2024), ``"dpo"`` (Rafailov et al. 2023) or ``"ppo"`` (Schulman et al. 2017; see
+            ``vlm_ppo.py``).
         lora: rank of the adapters (Hu et al. 2021) beside every linear layer; 0 trains all weights.
         steps: updates.
         batch: what an update sees on each device: answers for grpo and rloo, a multiple of ``generations``;
-            episodes for sft; pairs for dpo.
-        generations: answers to the same episode; dpo takes its pair out of as many.
+            answers to as many episodes for ppo; episodes for sft; pairs for dpo.
+        generations: answers to the same episode; dpo takes its pair out of as many. Not for sft and ppo.
         learning_rate: at the start; it falls linearly to 0. None is what is usual for the algorithm.
-        kl: weight of the divergence from the model before; None is TRL's for the algorithm. sft has none.
+        kl: weight of the divergence from the model before; None is TRL's for the algorithm, and 0 for ppo.
+            sft has none.
         temperature: of the answers in training.
         max_tokens: of an answer; None is room for the longest one of the task.
         prompt, lowest: as for :class:`mmenvs.integrations.trl.TextEpisodes`.
         seed: of adapters, answers and episodes.
-        arguments: further arguments of TRL's configuration, by its names, such as ``{"loss_type": "dr_grpo"}``.
+        arguments: further arguments of TRL's configuration, by its names, such as ``{"loss_type": "dr_grpo"}``; for
+            ppo those of :class:`mmenvs_agents.vlm_ppo.TokenPPO`, such as ``{"epochs": 4}``.
     """
 
     id: str
@@ -191,12 +194,44 @@ class VLMPolicy:
         self, conversations: Sequence[Any], pictures: Sequence[Image.Image], deterministic: bool = True
     ) -> list[str]:
         """What the model says to each of n conversations with a picture, special tokens left out."""
-        tokenizer = self.processor.tokenizer
+        said: list[str] = []
+        for first in range(0, len(conversations), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            tokens = self.sample(self.inputs(conversations[rows], pictures[rows]), deterministic)
+            said += self.texts(tokens)
+        return said
+
+    def inputs(self, conversations: Sequence[Any], pictures: Sequence[Image.Image]) -> Any:
+        """What the model reads of n conversations, up to its answers: padded on the left, on its device."""
+        return self.processor(
+            images=[[picture] for picture in pictures],
+            text=self.processor.apply_chat_template(
+                list(conversations), tokenize=False, add_generation_prompt=True
+            ),
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the chat template has written them
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def sample(self, inputs: Any, deterministic: bool = False) -> torch.Tensor:
+        """Answers to ``inputs``, int64 ``(n, T)``, padded on the right."""
+        output = self.model.generate(**inputs, generation_config=self.decoding(deterministic))
+        return output[:, inputs["input_ids"].shape[1] :]
+
+    def texts(self, tokens: torch.Tensor) -> list[str]:
+        """What ``tokens`` ``(n, T)`` say, special ones left out."""
+        return self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def decoding(self, deterministic: bool) -> transformers.GenerationConfig:
+        """How answers are drawn: the most likely tokens, or any by its probability."""
         how: dict[str, Any] = {"do_sample": False}
         if not deterministic:
             how = {"do_sample": True, "temperature": self.settings.temperature, "top_k": 0, "top_p": 1.0}
+        tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
-        config = transformers.GenerationConfig(
+        return transformers.GenerationConfig(
             max_new_tokens=self.max_tokens,
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
@@ -209,24 +244,6 @@ class VLMPolicy:
             disable_compile=True,
             **how,
         )
-        said: list[str] = []
-        for first in range(0, len(conversations), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            inputs = self.processor(
-                images=[[picture] for picture in pictures[rows]],
-                text=self.processor.apply_chat_template(
-                    list(conversations[rows]), tokenize=False, add_generation_prompt=True
-                ),
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,  # the chat template has written them
-                return_tensors="pt",
-            ).to(self.model.device, self.model.dtype)
-            output = self.model.generate(**inputs, generation_config=config)
-            said += tokenizer.batch_decode(
-                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-        return said
 
 
 def longest_answer(episodes: TextEpisodes, processor: Any) -> int:

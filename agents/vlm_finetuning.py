@@ -1,11 +1,11 @@
-"""Fine-tuning of vision-language models on an environment through TRL: SFT, GRPO, RLOO and DPO."""
+"""Fine-tuning of vision-language models on an environment: SFT, GRPO, RLOO and DPO through TRL, and our own PPO."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,19 @@ import transformers
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.files import replacing
 
+from . import vlm_ppo
+from .transformer.learning import NonFiniteGradientError
 from .vlm import FORMAT, SETTINGS, VLMPolicy, VLMSettings, longest_answer, read_model
 
 # Learning rates that are usual for LoRA, and for all weights.
-_RATES = {"sft": (2e-4, 2e-5), "grpo": (1e-5, 1e-6), "rloo": (1e-5, 1e-6), "dpo": (5e-6, 5e-7)}
+_RATES = {
+    "sft": (2e-4, 2e-5),
+    "grpo": (1e-5, 1e-6),
+    "rloo": (1e-5, 1e-6),
+    "dpo": (5e-6, 5e-7),
+    "ppo": (1e-5, 1e-6),
+}
+_SHOWN = ("loss", "reward", "success", "unparsable", "kl", "mean_token_accuracy", "rewards/accuracies")
 
 
 def finetune(
@@ -32,7 +41,7 @@ def finetune(
     """Fine-tune a model on the train split, or the one in ``env_kwargs``, and leave it in ``out``.
 
     ``out`` holds a whole model, adapters merged, that :func:`mmenvs_agents.vlm.load` and transformers read, and ``log.json``: what TRL
-    has logged. Under ``accelerate launch`` each process calls this, and the first one writes.
+    or :mod:`mmenvs_agents.vlm_ppo` has logged. Under ``accelerate launch`` each process calls this, and the first one writes.
 
     Args:
         settings: what to train.
@@ -44,15 +53,19 @@ def finetune(
         False if Ctrl-C ended the training early (the model is saved then too), else True.
 
     Raises:
-        ImportError: without TRL.
+        ImportError: without TRL, or without PEFT for adapters.
         FileNotFoundError, ValueError: see :func:`mmenvs_agents.vlm.load_model` and :class:`mmenvs.integrations.trl.TextEpisodes`.
+        NonFiniteGradientError: of ppo; ``out`` holds the model from before it.
     """
-    trl, out, device = require_trl(), check_out(out), resolve_device(device)
+    check(settings)
+    out, device = check_out(out), resolve_device(device)
     episodes = settings.episodes()
     document = _document(settings)
     # Steps of a learning rate for all weights are too small to be added to bfloat16.
     model, processor = read_model(settings.model, half=device != "cpu" and settings.lora > 0)
-    max_tokens = settings.max_tokens or longest_answer(episodes, processor)
+    if settings.algo == "ppo":
+        return _ppo(settings, model.to(device), processor, document, out, say)
+    trl, max_tokens = require_trl(), settings.max_tokens or longest_answer(episodes, processor)
     arguments = _arguments(settings, out, device, max_tokens)
     config = getattr(trl, f"{settings.algo.upper()}Config")(**arguments)
     model.to(config.device)  # the GPU of this process
@@ -88,9 +101,56 @@ def finetune(
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if settings.lora:
             trained = trained.merge_and_unload()
-        _save(trained, processor, document, trainer.state, out)
+        _save(trained, processor, document, trainer.state.log_history, trainer.state.global_step, out)
     trainer.accelerator.wait_for_everyone()
     return finished
+
+
+def check(settings: VLMSettings) -> None:
+    """That a training can begin as far as that shows without a model: libraries, settings of ppo, one process for it.
+
+    Raises:
+        ImportError, TypeError, ValueError: if it can't.
+    """
+    if settings.algo == "ppo":
+        vlm_ppo.TokenPPO.of(settings)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"algo='ppo' learns in one process, it was launched in {os.environ['WORLD_SIZE']}: "
+                "take grpo or rloo for several"
+            )
+    else:
+        require_trl()
+    _lora(settings)
+
+
+def _ppo(
+    settings: VLMSettings,
+    model: Any,
+    processor: Any,
+    document: dict[str, Any],
+    out: Path,
+    say: Callable[[str], None],
+) -> bool:
+    """The part of :func:`finetune` that is PPO's."""
+    transformers.set_seed(settings.seed)
+    if settings.lora:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, _lora(settings))
+    default = _RATES["ppo"][0 if settings.lora else 1]
+    learner = vlm_ppo.Learner(VLMPolicy(model, processor, settings), settings.learning_rate or default)
+    try:
+        learner.learn(lambda step, row: _say(say, step, settings.steps, row))
+    except (KeyboardInterrupt, NonFiniteGradientError) as error:
+        failure: BaseException | None = error
+    else:
+        failure = None
+    trained = model.merge_and_unload() if settings.lora else model
+    _save(trained, processor, document, learner.log, learner.steps, out)
+    if isinstance(failure, NonFiniteGradientError):
+        raise failure
+    return failure is None
 
 
 def check_out(out: str | os.PathLike[str]) -> Path:
@@ -183,23 +243,28 @@ def _arguments(settings: VLMSettings, out: Path, device: str, max_tokens: int) -
 def _lora(settings: VLMSettings) -> Any:
     if not settings.lora:
         return None
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("adapters (lora over 0) need PEFT: pip install 'mmenvs[vlm]'") from error
     return LoraConfig(
         r=settings.lora, lora_alpha=2 * settings.lora, target_modules="all-linear", task_type="CAUSAL_LM"
     )
 
 
 def _progress(say: Callable[[str], None]) -> transformers.TrainerCallback:
-    shown = ("loss", "reward", "success", "unparsable", "kl", "mean_token_accuracy", "rewards/accuracies")
-
     class Progress(transformers.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            values = [f"{name} {float(logs[name]):.3f}" for name in shown if name in (logs or {})]
-            if values and state.is_world_process_zero:
-                say(f"{state.global_step:,} / {state.max_steps:,}: {', '.join(values)}")
+            if state.is_world_process_zero:
+                _say(say, state.global_step, state.max_steps, logs or {})
 
     return Progress()
+
+
+def _say(say: Callable[[str], None], step: int, steps: int, logs: Mapping[str, Any]) -> None:
+    values = [f"{name} {float(logs[name]):.3f}" for name in _SHOWN if name in logs]
+    if values:
+        say(f"{step:,} / {steps:,}: {', '.join(values)}")
 
 
 def _document(settings: VLMSettings) -> dict[str, Any]:
@@ -208,14 +273,13 @@ def _document(settings: VLMSettings) -> dict[str, Any]:
     kept = {
         key: value for key, value in settings.env_kwargs.items() if key != "source" or isinstance(source, str)
     }
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if settings.algo != "ppo":
+        versions["trl"] = require_trl().__version__
     document = {
         "format": FORMAT,
         "settings": asdict(replace(settings, env_kwargs=kept, arguments=dict(settings.arguments))),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": require_trl().__version__,
-        },
+        "versions": versions,
     }
     try:
         json.dumps(document)
@@ -224,7 +288,9 @@ def _document(settings: VLMSettings) -> dict[str, Any]:
     return document
 
 
-def _save(model: Any, processor: Any, document: dict[str, Any], state: Any, out: Path) -> None:
+def _save(
+    model: Any, processor: Any, document: dict[str, Any], log: list[dict[str, Any]], steps: int, out: Path
+) -> None:
     """Write the whole model; its settings last, so that a save that was cut off isn't taken for a model."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as temporary:
@@ -233,9 +299,9 @@ def _save(model: Any, processor: Any, document: dict[str, Any], state: Any, out:
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, out / file.name)
     with replacing(out / "log.json") as file:
-        file.write_text(json.dumps(state.log_history, indent=1))
+        file.write_text(json.dumps(log, indent=1))
     with replacing(out / SETTINGS) as file:
-        file.write_text(json.dumps({**document, "steps": state.global_step}, indent=2))
+        file.write_text(json.dumps({**document, "steps": steps}, indent=2))
 
 
 def require_trl() -> Any:

@@ -28,11 +28,11 @@ def finetune_vlm(
     id: Id,
     model: Annotated[str, typer.Option(help="Folder or Hugging Face name of a vision-language model.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, its settings and its log.")],
-    algo: Annotated[str, typer.Option(help="sft, grpo, rloo or dpo.")] = "grpo",
+    algo: Annotated[str, typer.Option(help="sft, grpo, rloo, dpo or ppo.")] = "grpo",
     lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains all weights.")] = 16,
     steps: Annotated[str, typer.Option(help="Updates, such as 200 or 2k.")] = "200",
     batch: Annotated[int, typer.Option(help="Answers (dpo: pairs, sft: episodes) of an update.")] = 32,
-    generations: Annotated[int, typer.Option(help="Answers to the same episode.")] = 8,
+    generations: Annotated[int, typer.Option(help="Answers to the same episode; not for ppo and sft.")] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="Default: what is usual for --algo.")] = None,
     kl: Annotated[float | None, typer.Option(help="Weight of the divergence from the model before.")] = None,
     prompt: Annotated[
@@ -73,7 +73,7 @@ def finetune_vlm(
             arguments={} if vllm is None else serving,
         )
         opened = settings.episodes().env_kwargs
-        tuning.require_trl()
+        tuning.check(settings)
         tuning.check_out(out)
         results: dict[str, Any] = {}
         unparsable: list[str] = []

@@ -367,7 +367,7 @@ def test_three_steps_of_every_algorithm(folder, tmp_path, name, algo):
     assert not any(part in key for key in changed for part in ("embed", "norm", "bias", "lm_head"))
     log = json.loads((tmp_path / "log.json").read_text())
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3]
-    if algo in ("grpo", "rloo"):
+    if algo in ("grpo", "rloo", "ppo"):
         assert all(0 < row["unparsable"] < 1 for row in log if "loss" in row)
     assert not [path.name for path in tmp_path.iterdir() if path.is_dir() or path.suffix in (".bin", ".pt")]
     assert evaluate(policy, VQA, episodes=8).episodes == 8
@@ -453,7 +453,7 @@ def test_trl_takes_the_tools_of_a_caption(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algo": "ppo"}, "algo must be one of 'sft', 'grpo', 'rloo', 'dpo', got 'ppo'"),
+        ({"algo": "a2c"}, "algo must be one of 'sft', 'grpo', 'rloo', 'dpo', 'ppo', got 'a2c'"),
         ({"batch": 6}, "batch must be a multiple of generations=4 for grpo, got 6"),
         ({"lora": -1}, "lora must be from 0"),
         ({"steps": 0}, "steps must be from 1"),
@@ -547,7 +547,7 @@ def test_the_configurations_in_the_documentation_are_taken(tmp_path):
 def test_the_commands_in_the_documentation_have_their_options():
     help = command("finetune-vlm", "--help")
     lines = [line for block in blocks("") for line in block.splitlines() if "finetune-vlm" in line]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         for option in re.findall(r"--[a-z-]+", line.split("finetune-vlm")[1]):
             assert option in help
@@ -580,4 +580,4 @@ def test_the_command_trains_shows_before_and_after_and_evaluate_reads_it(folder,
     assert "has sound" in command(
         "finetune-vlm", MATCHING, "--model", folder(), "--out", tmp_path / "x", code=2
     )
-    assert "algo must be one of" in command(*given, "--algo", "ppo", code=2)
+    assert "algo must be one of" in command(*given, "--algo", "a2c", code=2)
