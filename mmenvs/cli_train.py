@@ -177,6 +177,7 @@ def train(
         if watch is not None and not is_transformer(model):
             raise ValueError(f"watch is of --agent transformer, got {watch!r} with {model.settings.algo!r}")
         alarm = None if watch is None else alarm_of(model, watch, source)
+        out_folder(out)
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finish(model, total, out, say, f"mmenvs evaluate {out}", alarm)
@@ -203,6 +204,7 @@ def pretrain_policy(
         arguments = {"seed": seed, "device": device, "env_kwargs": env_kwargs}
         arguments["encoders"] = None if encoder is None else encoders_of(encoder, id, None, True)
         model = make_transformer(id, num_envs, {"size": size, "algo": "supervised"}, arguments)
+        out_folder(out)
         say = spokesman(model)
     say(f"{size} learns from the oracle of {id}, {model.device}; logs: tensorboard --logdir {out}")
     finish(model, total, out, say, f"mmenvs train {id} --agent transformer --algo grpo --init {out}")
@@ -243,6 +245,7 @@ def distill(
             env_kwargs=kwargs,
         )
         student.settings = replace(student.settings, env_kwargs=saved)
+        out_folder(out)
         say = spokesman(student)
     say(f"{size} learns from {teacher} on {id}, {student.device}; logs: tensorboard --logdir {out}")
     stopped = "what it has learned is kept, and 'mmenvs train --resume' would go on with PPO"
@@ -295,7 +298,10 @@ def make_transformer(
     recipe = recipes[method] if num_envs is None else replace(recipes[method], num_envs=num_envs)
     restraints: dict[str, Any] = {name: given.pop(name) for name in ("kl", "kl_target") if name in given}
     for option, name in (("penalty", "penalties"), ("limit", "limits")):
-        restraints[name] = dict(parse_weight(option, text) for text in given.pop(option, ()))
+        weights = [parse_weight(option, text) for text in given.pop(option, ())]
+        restraints[name] = dict(weights)
+        if len(restraints[name]) < len(weights):
+            raise ValueError(f"{option} must name each part once, got {[part for part, _ in weights]}")
     if given.pop("curriculum", False):
         given["curriculum"] = agents("curriculum").Curriculum(arguments["env_kwargs"]["difficulty"])
     return agents("transformer.agent").TransformerAgent(
@@ -375,9 +381,8 @@ def finish(
     alarm: Any = None,
     stopped: str = "'mmenvs train --resume' goes on",
 ) -> None:
-    """Train an agent in a folder that is made if need be, and say what is there then."""
+    """Train an agent, and say what is in its folder then."""
     with user_errors():
-        out_folder(out)
         if is_transformer(model):
             finished = agents("transformer.agent").train(model, total, out, alarm=alarm)
         else:

@@ -381,11 +381,17 @@ def test_bad_restraints(arguments, message):
 
 
 def test_bad_agents(tmp_path):
+    with pytest.raises(TypeError, match=r"restraints must be Restraints\(\.\.\.\)"):
+        make_agent(restraints={"kl": 0.1})
+    with pytest.raises(TypeError, match="limits must be a dict"):
+        Restraints(limits=["hallucination"])
+    with pytest.raises(ValueError, match="there are none here"):
+        made("grpo", VQA, restraints=Restraints(penalties={"repetition": 1.0}))
     with pytest.raises(ValueError, match="method must be one of 'ppo', 'grpo'"):
         make_agent(method="sarsa")
     with pytest.raises(TypeError, match="recipe must be a GRPORecipe with method='grpo', got DPORecipe"):
         make_agent(recipe=RECIPES["dpo"], method="grpo")
-    with pytest.raises(ValueError, match=r"restraints must be one of .*'hallucination'.*, got 'beauty'"):
+    with pytest.raises(ValueError, match=r"parts of the score \(.*hallucination.*\), got 'beauty'"):
         made("grpo", restraints=Restraints(penalties={"beauty": 1.0}))
     with pytest.raises(ValueError, match="kl must be 0 with method='dpo'"):
         made("dpo", restraints=Restraints(kl=0.1))

@@ -129,6 +129,8 @@ class TransformerAgent:
             raise TypeError(
                 f"recipe must be a {expected} with method={method!r}, got {type(recipe).__name__}"
             )
+        if not isinstance(restraints, Restraints):
+            raise TypeError(f"restraints must be Restraints(...), got {restraints!r}")
         if method == "dpo" and restraints.kl:
             raise ValueError(
                 f"kl must be 0 with method='dpo', whose beta holds the policy, got {restraints.kl}"
@@ -181,7 +183,11 @@ class TransformerAgent:
         self.parts = tuple(name for name, kind in types.items() if kind is float)
         # Other environments than this suite's are asked at the first rollout.
         for part in (*restraints.penalties, *restraints.limits) if task is not None else ():
-            one_of("restraints", part, self.parts)
+            if part not in self.parts:
+                known = ", ".join(self.parts) or "there are none here"
+                raise ValueError(
+                    f"penalties and limits must be of parts of the score ({known}), got {part!r}"
+                )
         seen: Any = envs.single_observation_space
         self.settings = Settings(
             id=env if isinstance(env, str) else None,

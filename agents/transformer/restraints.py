@@ -55,6 +55,8 @@ class Restraints:
         for name in ("kl", "kl_target", "multiplier_rate"):
             _number(name, getattr(self, name))
         for name in ("penalties", "limits"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} must be a dict of parts and numbers, got {getattr(self, name)!r}")
             for part, value in getattr(self, name).items():
                 _number(f"{name}[{part!r}]", value)
         if self.kl_target and not self.kl:
