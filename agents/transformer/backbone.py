@@ -9,6 +9,7 @@ don't count it; windows of sliding attention are not kept to. What a rollout has
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -167,12 +168,14 @@ class BackboneTrunk(nn.Module):
         return self._run(x, positions, bias, keys)[:, read]
 
     def _run(self, x: Tensor, positions: Tensor, bias: Tensor, keys: _Keys | None) -> Tensor:
+        # transformers 5.24 renamed the argument.
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         output = self.model(
             inputs_embeds=self.enter(x),
             attention_mask=bias,
             position_ids=positions,
-            past_key_values=keys,
             use_cache=keys is not None,
+            **{name: keys},
         )
         return output.last_hidden_state
 
@@ -186,7 +189,10 @@ class BackboneTrunk(nn.Module):
         padded = seen & (place != 1)  # the second token is padding
         bias = torch.zeros(1, 1, 5, 5).masked_fill_(~padded, NEVER)
         shapes = _Shapes()
-        whole = self._run(x, positions, bias, shapes)
+        try:
+            whole = self._run(x, positions, bias, shapes)
+        except IndexError:
+            raise ValueError("its layers keep something else than keys and values") from None
         if whole.shape != x.shape:
             raise ValueError(f"its hidden states are {tuple(whole.shape)}, not {tuple(x.shape)}")
         if len({shape for pair in shapes.seen for shape in pair}) != 1:
