@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gymnasium import spaces
+
+from mmenvs.embeddings.extractor import encoders_fitting
+from mmenvs.registry import task_class
+
 # Encodes what doesn't change within an episode, unless an agent is asked to look in another way: on both tasks of
 # docs/results/compare it beats encoders trained from pixels.
 ENCODER = "shapes"
@@ -124,3 +129,11 @@ RECIPES: dict[str, Recipe] = {
     "recurrent_ppo": RecurrentPPORecipe(),
     "qrdqn": DQNRecipe(),
 }
+
+
+def default_encoders(id: str, space: spaces.Dict, env_kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Encoders of an agent that wasn't asked for others."""
+    if env_kwargs.get("source") is not None:
+        return {}  # photographs and other words than the world's
+    fixed = {name: part for name, part in space.items() if name in task_class(id).fixed}
+    return encoders_fitting(ENCODER, spaces.Dict(fixed))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import stable_baselines3
 import torch
-from gymnasium import spaces
 from gymnasium.error import NameNotFound
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -24,7 +23,7 @@ from stable_baselines3.common.logger import Logger, make_output_format
 
 from mmenvs.checks import integer_in
 from mmenvs.embeddings.embedding import resolve_device
-from mmenvs.embeddings.extractor import Extractor, encoders_fitting
+from mmenvs.embeddings.extractor import Extractor
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.joint import check_hashes, joint_hashes
 from mmenvs.embeddings.optimizers import Muon
@@ -34,7 +33,7 @@ from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
 from mmenvs.registry import task_class
 
 from .imitation import SelfImitationPPO
-from .recipes import ENCODER, RECIPES
+from .recipes import RECIPES, default_encoders
 
 FORMAT = 1
 
@@ -139,7 +138,7 @@ def make_agent(
     if visible is not None and (not visible or set(visible) - seen):
         raise ValueError(f"visible must name some of {', '.join(sorted(seen))}, got {visible!r}")
     if encoders is None:
-        encoders = _default_encoders(id, env.native.single_observation_space, env_kwargs or {})
+        encoders = default_encoders(id, env.native.single_observation_space, env_kwargs or {})
     settings = Settings(
         algo=algo,
         id=id,
@@ -430,14 +429,6 @@ def load(
     # A resumed run must not see the episodes of its beginning again.
     agent.get_env().seed(_episode_seed(settings["seed"], steps))  # type: ignore[union-attr]
     return agent
-
-
-def _default_encoders(id: str, space: spaces.Dict, env_kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Encoders of an agent that wasn't asked for others."""
-    if env_kwargs.get("source") is not None:
-        return {}  # photographs and other words than the world's
-    fixed = {name: part for name, part in space.items() if name in task_class(id).fixed}
-    return encoders_fitting(ENCODER, spaces.Dict(fixed))
 
 
 def _algorithm(algo: str) -> type[BaseAlgorithm]:

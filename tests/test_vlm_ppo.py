@@ -26,16 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("vlms")
-
-    def get(name: str = "idefics3") -> str:
-        if name == "qwen2_5_vl":
-            pytest.importorskip("torchvision", reason="the processor of Qwen2.5-VL needs torchvision")
-        if not (root / name).exists():
-            tiny_models.save(tiny_models.VLMS[name], root / name)
-        return str(root / name)
-
-    return get
+    return tiny_models.vlms(tmp_path_factory.mktemp("vlms"))
 
 
 def little(model: str, **changes) -> VLMSettings:

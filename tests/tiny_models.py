@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -284,3 +285,16 @@ def byte_pairs() -> hf.PreTrainedTokenizerFast:
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
     )
+
+
+def vlms(root):
+    """What gives the folder of a tiny vision-language model by its name, made below ``root`` when first asked for."""
+
+    def get(name: str = "idefics3") -> str:
+        if name == "qwen2_5_vl":
+            pytest.importorskip("torchvision", reason="the processor of Qwen2.5-VL needs torchvision")
+        if not (root / name).exists():
+            save(VLMS[name], root / name)
+        return str(root / name)
+
+    return get

@@ -4,43 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
-from gymnasium import spaces
-from gymnasium.error import NameNotFound
-from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.logger import Logger, make_output_format
 from torch import Tensor
 
-from mmenvs.checks import check_flag, integer_in, one_of
-from mmenvs.embeddings.embedding import resolve_device
+from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.extractor import Precision
-from mmenvs.embeddings.joint import check_hashes, joint_hashes
-from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
+from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.registry import task_class
 
 from ..curriculum import Curriculum, Progress
 from ..sb3 import check_encoders, default_precision
-from . import checkpoint
+from . import saving
 from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
-from .devices import Devices
+from .devices import Devices, check_compile
 from .learning import Anchor, Recipe, check_group, log_probs_of
 from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
 from .restraints import KL, HackingAlarm, Restraints
-from .rollout import Rollout, as_tensors
-
-Envs = gym.vector.VectorEnv[Any, Any, Any]
+from .rollout import Envs, Rollout, as_tensors, batched, check_envs
 
 
 @dataclass
@@ -137,7 +129,7 @@ class TransformerAgent:
             )
         if method == SUPERVISED and restraints != Restraints():
             raise ValueError("restraints are for reinforcement learning, method='supervised' has no reward")
-        started = {} if init is None else _model_settings(init)
+        started = {} if init is None else saving.policy_settings(init)
         if init is not None:
             for name, value in (("size", size), ("encoders", encoders), ("backbone", backbone)):
                 if value is not None:
@@ -155,7 +147,7 @@ class TransformerAgent:
             )
         if backbone is not None and not isinstance(backbone, Backbone):
             backbone = Backbone(backbone, lora)
-        _check_compile(compile, self.device)
+        check_compile(compile, self.device)
         if isinstance(temperature, bool) or not isinstance(temperature, int | float):
             raise TypeError(f"temperature must be a number, got {temperature!r}")
         if not 0.01 <= temperature <= 100:
@@ -177,7 +169,7 @@ class TransformerAgent:
             raise ValueError(f"env_kwargs go with an id; env is made already, got {env_kwargs!r}")
         else:
             envs = env
-        _check_envs(envs)
+        check_envs(envs)
         task = getattr(envs.unwrapped, "task", None)
         types = getattr(task, "info_types", {})
         self.parts = tuple(name for name, kind in types.items() if kind is float)
@@ -216,7 +208,7 @@ class TransformerAgent:
             ).to(self.device)  # fmt: skip
         self.policy.actor.temperature = settings.temperature
         if init is not None:
-            _begin_with(self.policy, init)
+            saving.begin_with(self.policy, init)
         self.reference = None
         if restraints.kl or method == "dpo":
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
@@ -258,7 +250,7 @@ class TransformerAgent:
         Raises:
             ValueError: if its spaces or its autoreset differ.
         """
-        _check_envs(env)
+        check_envs(env)
         seen: Any = env.single_observation_space
         for name in (*self.policy.fixed, *self.policy.changing):
             if name not in seen.spaces or seen[name] != self.observation_space[name]:
@@ -431,7 +423,7 @@ class TransformerAgent:
             ValueError: an observation that lacks a name, or doesn't fit the space or the state.
         """
         names = (*self.policy.fixed, *self.policy.changing)
-        arrays, single = self._batched(observation, names)
+        arrays, single = batched(observation, names, self.observation_space)
         n = len(arrays[names[0]])
         starts = torch.ones(n, dtype=torch.bool)
         if state is None:
@@ -457,40 +449,10 @@ class TransformerAgent:
         actions = self.policy.actor.to_env(state.previous)
         return (actions[0] if single else actions), state
 
-    def _batched(
-        self, observation: Mapping[str, Any], names: tuple[str, ...]
-    ) -> tuple[dict[str, npt.NDArray[Any]], bool]:
-        """Observations with a batch axis, pictures channels last, and whether they came without the axis."""
-        arrays, single = {}, False
-        for name in names:
-            if name not in observation:
-                raise ValueError(f"observation lacks {name!r}; it needs {', '.join(names)}")
-            array, shape = np.asarray(observation[name]), self.observation_space[name].shape
-            single = array.ndim == len(shape)
-            array = array[None] if single else array
-            if len(shape) == 3 and array.shape[1:] == (shape[2], *shape[:2]) != shape:
-                array = array.transpose(0, 2, 3, 1)
-            if array.shape[1:] != shape:
-                raise ValueError(
-                    f"observation[{name!r}] must be (B, {', '.join(map(str, shape))}), got {array.shape}"
-                )
-            arrays[name] = array
-        return arrays, single
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the agent into ``folder``, whole or not at all: ``settings.json`` and ``state_STEPS.safetensors``
         with weights and optimiser."""
-        settings = asdict(self.settings)
-        # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
-        if not isinstance(settings["env_kwargs"].get("source"), str):
-            settings["env_kwargs"].pop("source", None)
-        settings["joints"] = joint_hashes(self.policy)
-        tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
-        if self.reference is not None:
-            tensors |= {f"reference.{name}": value for name, value in self.reference.state_dict().items()}
-        counters = {"steps": self._learned, "iteration": self.iteration, **asdict(self.progress)}
-        tensors |= state_tensors(self.optimizer)
-        checkpoint.write(folder, settings, counters, self.coefficients, tensors)
+        saving.save(self, folder)
 
     @classmethod
     def load(
@@ -513,59 +475,7 @@ class TransformerAgent:
             FileNotFoundError: if the folder or one of its files is missing.
             ValueError: if the files are damaged, of another format or another kind of agent.
         """
-        settings, counters, coefficients = checkpoint.read(folder)
-        problem = f"cannot load the agent in {str(folder)!r}: "
-        try:
-            id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
-            size = ModelConfig(**settings["model"])
-            method = one_of("method", settings["method"], tuple(RECIPES))
-            recipe = type(RECIPES[method])(**settings["recipe"])
-            restraints = Restraints(**settings["restraints"])
-            if coefficients.keys() != restraints.begin().keys():
-                raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
-            arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
-            encoders = _encoders_of(settings)
-            backbone = _backbone_of(settings)
-            found = settings.get("curriculum")
-            curriculum = None if found is None or env is not None else Curriculum(**found)
-            arguments["temperature"] = settings.get("temperature", 1.0)
-            progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
-            if curriculum is not None:
-                integer_in("level", progress.level, 0, curriculum.last)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
-        if id is None and env is None:
-            raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
-        _check_compile(compile, torch.device(resolve_device(device)))
-        try:
-            agent = cls(
-                id if env is None else env, size, method=method, encoders=encoders, device=device, recipe=recipe,
-                restraints=restraints, backbone=backbone, compile=compile, curriculum=curriculum,
-                env_kwargs=kwargs if env is None else None, **arguments,
-            )  # fmt: skip
-        except (FileNotFoundError, NameNotFound, ImportError):
-            raise
-        except Exception as error:
-            raise ValueError(f"{problem}its settings can't be used: {error}") from error
-        agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
-        tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
-        try:
-            check_hashes(agent.policy, settings.get("joints", {}), encoders)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{problem}{error}") from None
-        try:
-            agent.policy.load_state_dict(_part(tensors, "policy."))
-            if agent.reference is not None:
-                agent.reference.load_state_dict(_part(tensors, "reference."))
-            load_state_tensors(agent.optimizer, tensors)
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
-        agent.num_timesteps = agent._learned = counters["steps"]
-        agent.coefficients = coefficients
-        agent.iteration, agent.progress = counters["iteration"], progress
-        if curriculum is not None:
-            agent._face(progress.level)
-        return agent
+        return saving.load(cls, folder, env, device, env_kwargs, compile)
 
 
 def train(
@@ -595,80 +505,7 @@ def train(
     return agent.num_timesteps >= total_steps
 
 
-def _model_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Size, encoders and backbone of the agent in ``folder``, as the class takes them."""
-    settings, _, _ = checkpoint.read(folder)
-    try:
-        return {
-            "model": ModelConfig(**settings["model"]),
-            "encoders": _encoders_of(settings),
-            "backbone": _backbone_of(settings),
-            "temperature": settings.get("temperature", 1.0),
-        }
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"cannot begin with the agent in {str(folder)!r}: {checkpoint.SETTINGS} is damaged: {error}"
-        ) from error
-
-
-def _encoders_of(settings: Mapping[str, Any]) -> dict[str, str | Pretrained]:
-    return {
-        name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
-        for name, encoder in settings["encoders"].items()
-    }
-
-
-def _backbone_of(settings: Mapping[str, Any]) -> Backbone | None:
-    found = settings.get("backbone")
-    return None if found is None else Backbone(**found)
-
-
-def _begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> None:
-    """Load the weights of the policy in ``folder``."""
-    settings, counters, _ = checkpoint.read(folder)
-    try:
-        check_hashes(policy, settings.get("joints", {}), settings["encoders"])
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"init={str(folder)!r} can't be begun with: {error}") from None
-    tensors = checkpoint.read_tensors(folder, counters, str(policy.device))
-    try:
-        policy.load_state_dict(_part(tensors, "policy."))
-    except RuntimeError:
-        raise ValueError(
-            f"init={str(folder)!r} must be an agent of an environment with these observations and actions"
-        ) from None
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def _word(seed: int, purpose: str, number: int) -> int:
     """A seed of 63 bits for one purpose of one rollout."""
     entropy = [seed, number, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _check_compile(compile: Any, device: torch.device) -> None:
-    if (
-        check_flag("compile", compile)
-        and device.type == "cpu"
-        and not shutil.which(os.environ.get("CXX", "g++"))
-    ):
-        raise ValueError(
-            "compile=True needs a C++ compiler on a CPU, and g++ isn't found; CXX can name another"
-        )
-
-
-def _check_envs(envs: Any) -> None:
-    if not isinstance(envs, gym.vector.VectorEnv):
-        raise TypeError(
-            f"env must be an id or a Gymnasium vector environment, got {type(envs).__name__}; gym.make_vec makes one"
-        )
-    mode = envs.metadata.get("autoreset_mode")
-    if mode != AutoresetMode.SAME_STEP:
-        raise ValueError(f"env must have autoreset_mode='SameStep', got {getattr(mode, 'value', mode)!r}")
-    if not isinstance(envs.single_observation_space, spaces.Dict):
-        raise TypeError(f"env must have Dict observations, got {envs.single_observation_space}")
-    if getattr(envs.unwrapped, "text", "ids") != "ids":
-        raise ValueError("text must be 'ids' for a transformer policy, got 'string'")

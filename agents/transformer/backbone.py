@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mmenvs.embeddings.pretrained import add_lora
-from mmenvs.embeddings.pretrained_files import LOADING_ERRORS, check_folder, find_folder, loading, read_config
+from mmenvs.embeddings.pretrained_files import (
+    LOADING_ERRORS,
+    SAFELY,
+    check_folder,
+    find_folder,
+    loading,
+    read_config,
+)
 
 from .episodes import NEVER, Cache, Memory
 from .model import Backbone
@@ -54,11 +61,7 @@ def load(chosen: Backbone) -> tuple[Any, Mapping[str, Any]]:
         if chosen.config is None:
             model, info = loader.from_pretrained(
                 folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+                **SAFELY,
             )
             missing = sorted(info["missing_keys"])
         else:
@@ -138,6 +141,9 @@ class BackboneTrunk(nn.Module):
         self.scale = _LORA if chosen.lora else _FULL
         text = self.model.config.get_text_config()
         self.longest: int | None = getattr(text, "max_position_embeddings", None)
+        # transformers 5.24 renamed it.
+        named = "cache" in inspect.signature(self.model.forward).parameters
+        self._cache_argument = "cache" if named else "past_key_values"
         self.train(self.training)
         try:
             self.kept = self._tried()
@@ -168,14 +174,12 @@ class BackboneTrunk(nn.Module):
         return self._run(x, positions, bias, keys)[:, read]
 
     def _run(self, x: Tensor, positions: Tensor, bias: Tensor, keys: _Keys | None) -> Tensor:
-        # transformers 5.24 renamed the argument.
-        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         output = self.model(
             inputs_embeds=self.enter(x),
             attention_mask=bias,
             position_ids=positions,
             use_cache=keys is not None,
-            **{name: keys},
+            **{self._cache_argument: keys},
         )
         return output.last_hidden_state
 

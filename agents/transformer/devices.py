@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mmenvs.checks import check_flag
 from mmenvs.embeddings.embedding import resolve_device
 
 
@@ -122,6 +124,18 @@ class Devices:
         from accelerate.utils import reduce
 
         return reduce(x.to(self.device), how).to(x.device)
+
+
+def check_compile(compile: Any, device: torch.device) -> None:
+    """Refuse ``torch.compile`` where nothing can compile."""
+    if (
+        check_flag("compile", compile)
+        and device.type == "cpu"
+        and not shutil.which(os.environ.get("CXX", "g++"))
+    ):
+        raise ValueError(
+            "compile=True needs a C++ compiler on a CPU, and g++ isn't found; CXX can name another"
+        )
 
 
 ALONE = Devices("cpu", 1)

@@ -10,10 +10,13 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from .model import Episodes, TransformerPolicy
 
+Envs = gym.vector.VectorEnv[Any, Any, Any]
 LONGEST = 4096  # steps after which an episode is taken to have no end
 
 
@@ -57,7 +60,7 @@ def as_tensors(
 
 def collect(
     policy: TransformerPolicy,
-    envs: gym.vector.VectorEnv[Any, Any, Any],
+    envs: Envs,
     seed: int | list[int],
     steps: int,
     generator: torch.Generator | None,
@@ -201,7 +204,7 @@ def collect(
     )
 
 
-def _oracle(envs: gym.vector.VectorEnv[Any, Any, Any]) -> Callable[[], npt.NDArray[Any]]:
+def _oracle(envs: Envs) -> Callable[[], npt.NDArray[Any]]:
     guide = getattr(envs.unwrapped, "oracle_actions", None)
     if guide is None:
         raise TypeError(
@@ -222,3 +225,40 @@ def _masks(infos: Mapping[str, Any], policy: TransformerPolicy, rows: int) -> Te
             f"infos['action_mask'] must be {shape} and allow an action of each component, got {tuple(given.shape)}"
         )
     return given
+
+
+def batched(
+    observation: Mapping[str, Any], names: tuple[str, ...], space: spaces.Dict
+) -> tuple[dict[str, npt.NDArray[Any]], bool]:
+    """Observations with a batch axis, pictures channels last, and whether they came without the axis."""
+    arrays, single = {}, False
+    for name in names:
+        if name not in observation:
+            raise ValueError(f"observation lacks {name!r}; it needs {', '.join(names)}")
+        part: Any = space[name]
+        array, shape = np.asarray(observation[name]), part.shape
+        single = array.ndim == len(shape)
+        array = array[None] if single else array
+        if len(shape) == 3 and array.shape[1:] == (shape[2], *shape[:2]) != shape:
+            array = array.transpose(0, 2, 3, 1)
+        if array.shape[1:] != shape:
+            raise ValueError(
+                f"observation[{name!r}] must be (B, {', '.join(map(str, shape))}), got {array.shape}"
+            )
+        arrays[name] = array
+    return arrays, single
+
+
+def check_envs(envs: Any) -> None:
+    """Refuse what :func:`collect` can't play."""
+    if not isinstance(envs, gym.vector.VectorEnv):
+        raise TypeError(
+            f"env must be an id or a Gymnasium vector environment, got {type(envs).__name__}; gym.make_vec makes one"
+        )
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.SAME_STEP:
+        raise ValueError(f"env must have autoreset_mode='SameStep', got {getattr(mode, 'value', mode)!r}")
+    if not isinstance(envs.single_observation_space, spaces.Dict):
+        raise TypeError(f"env must have Dict observations, got {envs.single_observation_space}")
+    if getattr(envs.unwrapped, "text", "ids") != "ids":
+        raise ValueError("text must be 'ids' for a transformer policy, got 'string'")

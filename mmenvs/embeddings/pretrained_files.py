@@ -56,6 +56,14 @@ MAIN_INPUTS: dict[str, Kind] = {
     "input_values": "audio",
     "input_ids": "text",
 }
+# How weights are read: none of a model's code is run, and nothing is unpickled.
+SAFELY: dict[str, Any] = {
+    "dtype": torch.float32,
+    "use_safetensors": True,
+    "local_files_only": True,
+    "trust_remote_code": False,
+    "output_loading_info": True,
+}
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -184,11 +192,7 @@ def load_model(
     with loading(source, "weights"):
         model, info = loader.from_pretrained(
             folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+            **SAFELY,
         )
     # Classifiers are saved without the pooling layer of the bare model; we do without it then.
     poolers = {name for name in info["missing_keys"] if "pooler." in name}

@@ -1,0 +1,156 @@
+"""Saving agents, loading them, and beginning with another's policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gymnasium.error import NameNotFound
+from torch import Tensor
+
+from mmenvs.checks import integer_in, one_of
+from mmenvs.embeddings.embedding import resolve_device
+from mmenvs.embeddings.joint import check_hashes, joint_hashes
+from mmenvs.embeddings.optimizers import load_state_tensors, state_tensors
+from mmenvs.embeddings.pretrained import Pretrained
+
+from ..curriculum import Curriculum, Progress
+from . import checkpoint
+from .algorithms import RECIPES
+from .devices import check_compile
+from .model import Backbone, ModelConfig, TransformerPolicy
+from .restraints import Restraints
+from .rollout import Envs
+
+if TYPE_CHECKING:
+    from .agent import TransformerAgent
+
+
+def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
+    """See :meth:`TransformerAgent.save`."""
+    settings = asdict(agent.settings)
+    # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
+    if not isinstance(settings["env_kwargs"].get("source"), str):
+        settings["env_kwargs"].pop("source", None)
+    settings["joints"] = joint_hashes(agent.policy)
+    tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
+    if agent.reference is not None:
+        tensors |= {f"reference.{name}": value for name, value in agent.reference.state_dict().items()}
+    counters = {"steps": agent._learned, "iteration": agent.iteration, **asdict(agent.progress)}
+    tensors |= state_tensors(agent.optimizer)
+    checkpoint.write(folder, settings, counters, agent.coefficients, tensors)
+
+
+def load(
+    cls: type[TransformerAgent],
+    folder: str | os.PathLike[str],
+    env: Envs | None,
+    device: str,
+    env_kwargs: Mapping[str, Any] | None,
+    compile: bool,
+) -> TransformerAgent:
+    """See :meth:`TransformerAgent.load`."""
+    settings, counters, coefficients = checkpoint.read(folder)
+    problem = f"cannot load the agent in {str(folder)!r}: "
+    try:
+        id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
+        size = ModelConfig(**settings["model"])
+        method = one_of("method", settings["method"], tuple(RECIPES))
+        recipe = type(RECIPES[method])(**settings["recipe"])
+        restraints = Restraints(**settings["restraints"])
+        if coefficients.keys() != restraints.begin().keys():
+            raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
+        arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
+        encoders = encoders_of(settings)
+        backbone = backbone_of(settings)
+        found = settings.get("curriculum")
+        curriculum = None if found is None or env is not None else Curriculum(**found)
+        arguments["temperature"] = settings.get("temperature", 1.0)
+        progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
+        if curriculum is not None:
+            integer_in("level", progress.level, 0, curriculum.last)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
+    if id is None and env is None:
+        raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
+    check_compile(compile, torch.device(resolve_device(device)))
+    try:
+        agent = cls(
+            id if env is None else env, size, method=method, encoders=encoders, device=device, recipe=recipe,
+            restraints=restraints, backbone=backbone, compile=compile, curriculum=curriculum,
+            env_kwargs=kwargs if env is None else None, **arguments,
+        )  # fmt: skip
+    except (FileNotFoundError, NameNotFound, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{problem}its settings can't be used: {error}") from error
+    agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
+    tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
+    try:
+        check_hashes(agent.policy, settings.get("joints", {}), encoders)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{problem}{error}") from None
+    try:
+        agent.policy.load_state_dict(_part(tensors, "policy."))
+        if agent.reference is not None:
+            agent.reference.load_state_dict(_part(tensors, "reference."))
+        load_state_tensors(agent.optimizer, tensors)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
+    agent.num_timesteps = agent._learned = counters["steps"]
+    agent.coefficients = coefficients
+    agent.iteration, agent.progress = counters["iteration"], progress
+    if curriculum is not None:
+        agent._face(progress.level)
+    return agent
+
+
+def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Size, encoders and backbone of the agent in ``folder``, as the class takes them."""
+    settings, _, _ = checkpoint.read(folder)
+    try:
+        return {
+            "model": ModelConfig(**settings["model"]),
+            "encoders": encoders_of(settings),
+            "backbone": backbone_of(settings),
+            "temperature": settings.get("temperature", 1.0),
+        }
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"cannot begin with the agent in {str(folder)!r}: {checkpoint.SETTINGS} is damaged: {error}"
+        ) from error
+
+
+def encoders_of(settings: Mapping[str, Any]) -> dict[str, str | Pretrained]:
+    return {
+        name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+        for name, encoder in settings["encoders"].items()
+    }
+
+
+def backbone_of(settings: Mapping[str, Any]) -> Backbone | None:
+    found = settings.get("backbone")
+    return None if found is None else Backbone(**found)
+
+
+def begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> None:
+    """Load the weights of the policy in ``folder``."""
+    settings, counters, _ = checkpoint.read(folder)
+    try:
+        check_hashes(policy, settings.get("joints", {}), settings["encoders"])
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"init={str(folder)!r} can't be begun with: {error}") from None
+    tensors = checkpoint.read_tensors(folder, counters, str(policy.device))
+    try:
+        policy.load_state_dict(_part(tensors, "policy."))
+    except RuntimeError:
+        raise ValueError(
+            f"init={str(folder)!r} must be an agent of an environment with these observations and actions"
+        ) from None
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
