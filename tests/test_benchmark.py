@@ -187,6 +187,7 @@ def test_a_plan_comes_back(tmp_path):
             "agents must name some of random, most_frequent, oracle, blind:image",
         ),
         ({"agents": ("blind:smell",)}, ValueError, "blind:<modality> must name one of image, text, audio"),
+        ({"agents": ("transformer:best",)}, ValueError, "transformer:<algo> must be one of 'ppo', 'grpo'"),
         ({"agents": ("ppo", "ppo")}, ValueError, "agents holds 'ppo' twice"),
         ({"embeddings": ()}, ValueError, "embeddings must name at least one"),
         ({"embeddings": ("cnn",)}, ValueError, r"must be '<encoder>\+<fusion>'"),
@@ -338,10 +339,10 @@ def test_what_is_no_row(change, message, tmp_path):
 # What a run does -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """The rows of a run of PPO that is too short to learn, those of the same run again, and what was told."""
-    plan = Plan(agents=("ppo",), seeds=1, steps=1024, episodes=16)
+@pytest.fixture(scope="module", params=["ppo", "transformer:grpo"])
+def trained(request):
+    """The rows of a run that is too short to learn, those of the same run again, and what was told."""
+    plan = Plan(agents=(request.param,), seeds=1, steps=1024, episodes=16)
     (run,) = [run for run in plan.runs() if run["id"] == VQA and run["difficulty"] == 0 and run["steps"]]
     told: list[tuple[float, float | None]] = []
     rows = job.execute({**run, "checkpoints": [0.25, 0.5]}, "cpu", lambda *event: told.append(event))
@@ -356,7 +357,8 @@ def test_a_run_repeats_to_the_bit(trained):
 
 def test_what_a_run_leaves(trained):
     seeing, _, told = trained
-    assert [row["step"] for row in seeing] == [256, 512, 2048]  # rollouts are played to their end
+    last_step = {"ppo": 2048, "transformer:grpo": 1024}  # rollouts are played to their end
+    assert [row["step"] for row in seeing] == [256, 512, last_step[seeing[0]["run"]["agent"]]]
     assert [row["final"] for row in seeing] == [False, False, True]
     last = seeing[-1]
     assert set(last["scores"]) == {
@@ -370,7 +372,7 @@ def test_what_a_run_leaves(trained):
     assert last["cost"]["parameters"] > 100_000 and last["cost"]["seconds"] > 0
     # The actions in the row play the same episodes again.
     for example, score in zip(last["examples"], last["scores"]["test/greedy"]["returns"], strict=False):
-        episode = episodes.replay("ppo", "VQA", last["run"], example)
+        episode = episodes.replay(last["run"]["agent"], "VQA", last["run"], example)
         assert episode is not None and episode.score == score and episode.sound is None
     assert all(0 <= share <= 0.9 for share, _ in told)
     with_origin = [{**row, "format": 1, "provenance": {}} for row in seeing]

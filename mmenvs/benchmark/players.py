@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 
 from mmenvs.benchmark.summary import BASELINES
+from mmenvs.checks import one_of
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
 
@@ -47,12 +48,16 @@ def check(name: str) -> str:
         if rest not in MODALITIES:
             raise ValueError(f"blind:<modality> must name one of {', '.join(MODALITIES)}, got {name!r}")
     elif kind == TRANSFORMER:
-        if rest and "algo" not in inspect.signature(_transformer()).parameters:
-            raise ValueError(
-                f"the transformer of this version has one algorithm: 'transformer', got {name!r}"
-            )
+        if name != TRANSFORMER:
+            one_of("transformer:<algo>", rest, _methods())
     elif name not in BASELINES and name not in _recipes():
-        allowed = (*BASELINES, *(BLIND + m for m in MODALITIES), *_recipes(), TRANSFORMER)
+        allowed = (
+            *BASELINES,
+            *(BLIND + m for m in MODALITIES),
+            *_recipes(),
+            TRANSFORMER,
+            f"{TRANSFORMER}:<algo>",
+        )
         raise ValueError(f"agents must name some of {', '.join(allowed)}, got {name!r}")
     elif name in ("trpo", "qrdqn", "recurrent_ppo") and importlib.util.find_spec("sb3_contrib") is None:
         raise ImportError(f"{name!r} needs sb3-contrib: pip install sb3-contrib")
@@ -119,13 +124,14 @@ def make(run: Mapping[str, Any], device: str) -> Any:
     from mmenvs.benchmark.measure import space_of
 
     common = {"seed": run["seed"], "device": device, "env_kwargs": env_kwargs}
-    kind, _, algo = name.partition(":")
+    kind, _, method = name.partition(":")
     if kind == TRANSFORMER:
         chosen = plan(f"{run['embedding']}+concat", id, env_kwargs)["encoders"]
         # What an episode has said so far it knows as its own actions, and encodes no second time.
         history = getattr(task_class(id), "history", ())
         encoders = {key: encoder for key, encoder in chosen.items() if key not in history}
-        return _transformer()(id, encoders=encoders, **common, **({"algo": algo} if algo else {}))
+        agent = importlib.import_module("mmenvs_agents.transformer.agent").TransformerAgent
+        return agent(id, method=method or "ppo", encoders=encoders, **common)
     chosen = plan(run["embedding"], id, env_kwargs)
     sb3 = importlib.import_module("mmenvs_agents.sb3")
     visible = sees(name, space_of(id, env_kwargs))
@@ -194,8 +200,8 @@ def _recipes() -> tuple[str, ...]:
     return tuple(importlib.import_module("mmenvs_agents.recipes").RECIPES)
 
 
-def _transformer() -> Any:
-    return importlib.import_module("mmenvs_agents.transformer.agent").TransformerAgent
+def _methods() -> tuple[str, ...]:
+    return tuple(importlib.import_module("mmenvs_agents.transformer.algorithms").RECIPES)
 
 
 def _vlm() -> Any:
