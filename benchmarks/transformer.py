@@ -209,7 +209,7 @@ def measure_precision(repeats: int, agent: Path | None) -> None:
 
 
 def make_llama() -> Any:
-    """A language model with random weights, whose word vectors are of one length."""
+    """A language model with random weights, whose word vectors have one length."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -227,12 +227,21 @@ def policy_of(model: Any, prompt: int = PROMPT - 1) -> TransformerPolicy:
         model.save_pretrained(folder)
         width = model.config.hidden_size
         policy = make_policy(ModelConfig(token_width=width), prompt, Backbone(folder))
-    words, reader = model.get_input_embeddings().weight.data, policy.extractor.encoders["prompt"]
-    for table in (reader.words.weight, policy.actor.tokens.weight):
-        table.data.copy_(words)
-    policy.start.data.copy_(words[START])
+    policy.actor.tokens.weight.data.copy_(model.get_input_embeddings().weight)
     policy.actor.out.weight.data.copy_(model.lm_head.weight)
-    project = policy.project["prompt"]
+    return speak_plainly(policy)
+
+
+def speak_plainly(policy: TransformerPolicy) -> TransformerPolicy:
+    """Prompts and answers in the same word vectors of one length, and no bias or places, as language models have them."""
+    words, reader, project = (
+        policy.actor.tokens.weight.data,
+        policy.extractor.encoders["prompt"],
+        policy.project["prompt"],
+    )
+    words.copy_(torch.nn.functional.rms_norm(words, words.shape[1:]))
+    reader.words.weight.data.copy_(words)
+    policy.start.data.copy_(words[START])
     torch.nn.init.eye_(project.weight)
     for zero in (reader.place, project.bias, policy.actor.out.bias):
         torch.nn.init.zeros_(zero)
@@ -244,13 +253,47 @@ def after(prompts: Tensor) -> Tensor:
     return torch.nn.functional.pad(prompts, (0, 1), value=START)
 
 
+def make_qwen() -> tuple[TransformerPolicy, Any]:
+    """A policy with random weights and a Qwen3 of transformers with the same; its prompt has one word more, ``START``."""
+    import transformers as hf
+
+    own = ModelConfig(width=256, layers=4, heads=4, kv_heads=2, hidden=688, token_width=256)
+    policy = speak_plainly(make_policy(own, PROMPT - 1))
+    config = hf.Qwen3Config(
+        hidden_size=own.width, intermediate_size=own.hidden, num_hidden_layers=own.layers,
+        num_attention_heads=own.heads, num_key_value_heads=own.kv_heads, head_dim=own.width // own.heads,
+        rope_parameters={"rope_type": "default", "rope_theta": float(own.rope_base)}, vocab_size=WORDS,
+        rms_norm_eps=torch.finfo(torch.float32).eps, pad_token_id=0, bos_token_id=START, eos_token_id=None,
+    )  # fmt: skip
+    model = hf.Qwen3ForCausalLM(config)
+    weights = {
+        "model.embed_tokens": policy.actor.tokens,
+        "model.norm": policy.norm,
+        "lm_head": policy.actor.out,
+    }
+    tensors = {f"{name}.weight": module.weight for name, module in weights.items()}
+    for i, block in enumerate(policy.blocks):
+        key, value = block.key_value.weight.chunk(2)
+        gate, up = block.up.weight.chunk(2)
+        parts = {
+            "input_layernorm": block.attention_norm.weight, "post_attention_layernorm": block.feed_norm.weight,
+            "self_attn.q_proj": block.query.weight, "self_attn.k_proj": key, "self_attn.v_proj": value,
+            "self_attn.o_proj": block.out.weight, "self_attn.q_norm": torch.ones(block.size),
+            "self_attn.k_norm": torch.ones(block.size), "mlp.gate_proj": gate, "mlp.up_proj": up,
+            "mlp.down_proj": block.down.weight,
+        }  # fmt: skip
+        tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in parts.items()}
+    model.load_state_dict(tensors)
+    return policy, model.eval()
+
+
 def measure_generate(repeats: int) -> None:
     """Sampled answers; ours with log-probabilities, values and the environment."""
-    model = make_llama().eval()
-    policy = policy_of(model)
+    policy, model = make_qwen()
     for rows in (16, 64):
         envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
         prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
+        print(f"logits after the prompt differ by {unlike(policy, model, prompts):.0e} at most")
         settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
         runs = {
             "generate": lambda p=prompts, s=settings: model.generate(
@@ -259,6 +302,17 @@ def measure_generate(repeats: int) -> None:
             "collect": lambda e=envs, g=generator: collect(policy, e, list(range(e.num_envs)), 1, g),
         }
         report(f"rollout of {rows} x {ANSWER} words", medians(runs, repeats), {"collect": "1.2x"})
+
+
+@torch.no_grad()
+def unlike(policy: TransformerPolicy, model: Any, prompts: Tensor) -> float:
+    """How far the log-probabilities of the first words are apart, where the model's prompt sees itself both ways, too."""
+    seen = torch.zeros(1, 1, PROMPT, PROMPT)
+    seen[..., :-1, -1] = torch.finfo(torch.float32).min  # what comes after the prompt
+    theirs = model(prompts, attention_mask=seen.expand(len(prompts), -1, -1, -1)).logits[:, -1]
+    words = torch.zeros((len(prompts), 1, 1), dtype=torch.int64)
+    ours, _ = policy(first_steps(prompts[:, :-1], words, 1))
+    return float((ours[:, 0].log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
 
 
 def make_trainer(

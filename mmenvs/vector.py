@@ -308,7 +308,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             ):
                 row[key] = part
         final = np.full(self.num_envs, None, dtype=object)
-        final[rows] = ended
+        final[rows] = np.fromiter(ended, object, rows.size)
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True
         return {

@@ -169,6 +169,25 @@ def test_same_bytes_for_any_subset_of_rows(difficulty):
     assert (np.delete(out, rows, 0) == 5).all()
 
 
+@pytest.mark.parametrize("size", [34, 64])
+@pytest.mark.parametrize("offset", [0, 1, 63])
+def test_same_bytes_past_the_caches(size, offset):
+    level, picture = DIFFICULTIES[3], 3 * size * size
+    n = render._IN_CACHE // picture + 10
+    scenes, atlas = sampled(n, 3), render.atlas(size, level.grid, level.rotation)
+    # Anywhere in memory: vectors are written to multiples of their size alone.
+    memory = np.full(n * picture + 64, 5, np.uint8)
+    out = memory[offset : offset + n * picture].reshape(n, size, size, 3)
+    render.render_rows(scenes, np.arange(n), atlas, level.noise, out)
+    for first in range(0, n, n // 5):
+        rows = np.arange(first, min(first + n // 5, n))
+        some = np.zeros((rows.size, size, size, 3), np.uint8)
+        few = type(scenes)(*(part[rows] for part in scenes))
+        render.render_rows(few, np.arange(rows.size), atlas, level.noise, some)
+        assert (out[rows] == some).all()
+    assert (memory[:offset] == 5).all() and (memory[offset + n * picture :] == 5).all()
+
+
 @pytest.mark.parametrize("half_width", [4.0, 10.0, 20.0])
 def test_noise_is_uniform_centred_and_bounded(half_width):
     scenes = scene.empty(50)

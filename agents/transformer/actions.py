@@ -131,8 +131,8 @@ class Categorical(ActionHead):
         chosen = []
         for part in self._log_probs(described):
             if generator is not None:
-                # The largest p / Exponential(1) has probability p.
-                part = part.exp() / torch.empty_like(part).exponential_(generator=generator)
+                # The largest p / Exponential(1) has probability p; torch's own exponential_ takes four times as long.
+                part = part.exp() / -torch.rand(part.shape, generator=generator, device=part.device).log()
             chosen.append(part.argmax(-1))
         return torch.stack(chosen, -1)
 

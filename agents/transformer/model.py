@@ -101,10 +101,9 @@ class Backbone:
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of channels of ``(B, Q, heads, d)`` by cosines and sines ``(B, Q, 1, d / 2)``."""
+    """Turn channels i and ``i + d / 2`` of ``(B, Q, heads, d)`` by the angles of :meth:`TransformerPolicy._angles`."""
     cos, sin = angles
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Block(nn.Module):
@@ -139,7 +138,7 @@ class Block(nn.Module):
 
         Args:
             x: the tokens.
-            angles: cosines and sines of their positions, ``(B, Q, 1, width / heads / 2)``.
+            angles: cosines and sines of their positions, ``(B, Q, 1, width / heads)``.
             bias: added to the scores, ``(B, 1, R, K)``.
             read, layer, memory: which tokens are asked for, which block this is, where its keys are kept.
         """
@@ -148,8 +147,13 @@ class Block(nn.Module):
         k, v = self.key_value(normed).view(batch, count, 2, -1, self.size).unbind(2)
         q = self.query(normed[:, read]).view(batch, -1, self.config.heads, self.size)
         # Queries and keys of one length keep scores bounded however large Muon makes the weights (Henry et al. 2020).
-        q = rotate(F.rms_norm(q.float(), (self.size,)), (angles[0][:, read], angles[1][:, read]))
-        k = rotate(F.rms_norm(k.float(), (self.size,)), angles)
+        if q.shape[1] == count:
+            # Side by side, as single steps are so small that each operation costs the same.
+            both = rotate(F.rms_norm(torch.cat([q, k], 2).float(), (self.size,)), angles)
+            q, k = both.split([q.shape[2], k.shape[2]], 2)
+        else:
+            q = rotate(F.rms_norm(q.float(), (self.size,)), (angles[0][:, read], angles[1][:, read]))
+            k = rotate(F.rms_norm(k.float(), (self.size,)), angles)
         # Half-precision attention has a slow backward pass on a CPU, and a fast one on a GPU.
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
         dtype = torch.bfloat16 if half else torch.float32
@@ -382,8 +386,7 @@ class TransformerPolicy(nn.Module):
         """Tokens ``(B, Q, width)`` at ``positions`` ``(B, Q)`` to hidden states ``(B, R, width)`` float32 of those
         to ``read``. ``allowed`` ``(B, Q, K)`` bool tells which keys each token may see."""
         bias = torch.zeros(allowed.shape, device=x.device).masked_fill_(~allowed, NEVER).unsqueeze(1)
-        turned = positions[..., None, None] * self.turns  # (B, Q, 1, width / heads / 2)
-        angles = turned.cos(), turned.sin()
+        angles = self._angles(positions)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if self.backbone is not None:
                 return self.backbone(x, positions, bias, read, memory).float()
@@ -392,6 +395,12 @@ class TransformerPolicy(nn.Module):
                 asked = read if last else slice(None)
                 x = block(x, angles, bias[:, :, asked], asked, layer, memory)
             return self.norm(x.float())
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, those of the first half negated, ``(B, Q, 1, width / heads)`` of ``(B, Q)``."""
+        turned = positions[..., None, None] * self.turns  # (B, Q, 1, width / heads / 2)
+        cos, sin = turned.cos(), turned.sin()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def _prefix(self, observation: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
         """Tokens ``(B, P, width)`` of the fixed observations and their mask ``(B, P)``. Columns that are padding

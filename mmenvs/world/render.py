@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, uint64
+from llvmlite import ir
+from numba import njit, uint64, void
+from numba.core import cgutils
+from numba.extending import intrinsic
 from PIL import Image, ImageDraw
 
 from mmenvs.world.random import hash2, words
@@ -33,9 +36,9 @@ _DARK = 0.42  # the dark parts of a texture, as a share of the colour
 _FULL = 128  # weight of an opaque pixel; at most 128, so that weighted bytes add up within 16 bits
 _NOISE_BYTES = 1 << 14
 _CHUNK = 1536  # bytes of a picture that read one stretch of the noise
-# Pictures whose backgrounds are laid before their objects: their memory is at hand by then.
-_AHEAD = 8
 _STRETCH = 192  # bytes of background laid at a time: whole pixels and whole vectors
+_VECTOR = 64  # bytes of the widest vector store
+_IN_CACHE = 1 << 22  # bytes of pictures up to which a cache may still hold them when they are looked at
 _BLOCK = 64  # sprite lines are padded to a multiple of this, the step of the widest vector loop
 
 
@@ -193,8 +196,9 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     n, height, width = out.shape[0], out.shape[1], out.shape[2]
     total = uint64(3 * width * height)
     pictures = out.reshape(n, 3 * width * height)
+    # Drawn in the fastest cache: what takes longest is to write pictures to where they belong.
+    picture = np.empty(total, np.uint8)
     chunk = uint64(_CHUNK)
-    background = np.empty(_STRETCH, np.uint8)
     paint = np.empty(atlas.line.max(), np.uint8)
     # Noise is what is added, saturating, and then what is taken away: one of the two is 0.
     more = np.zeros(atlas.noise.size, np.uint8)
@@ -206,41 +210,77 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
             less[b] = max(-grey, 0)
     places = uint64(atlas.noise.size - _CHUNK)
 
-    for begin in range(0, rows.size, _AHEAD):
-        some = rows[begin : begin + _AHEAD]
-        for j in range(some.size):
-            i = some[j]
-            for c in range(3):
-                value = _byte(scenes.background[i, c] * scenes.brightness[i])
-                for x in range(c, _STRETCH, 3):
-                    background[x] = value
-            _fill(pictures[i], background, total)
-        for j in range(some.size):
-            i = some[j]
-            picture = pictures[i]
-            for k in range(scenes.count[i]):
-                _blit(scenes, i, k, atlas, paint, picture, width, height)
-            if noise > 0.0:
-                for first in range(uint64(0), total, chunk):
-                    place = hash2(scenes.noise_key[i], first) % places
-                    for x in range(min(chunk, total - first)):
-                        old = picture[first + x]
-                        high = np.uint8(old + more[place + x])
-                        high = np.uint8(255) if high < old else high
-                        low = less[place + x]
-                        picture[first + x] = np.uint8(high - low) if high > low else np.uint8(0)
+    for i in rows:
+        _fill(scenes, i, picture)
+        for k in range(scenes.count[i]):
+            _blit(scenes, i, k, atlas, paint, picture, width, height)
+        if noise > 0.0:
+            for first in range(uint64(0), total, chunk):
+                place = hash2(scenes.noise_key[i], first) % places
+                for x in range(min(chunk, total - first)):
+                    old = picture[first + x]
+                    high = np.uint8(old + more[place + x])
+                    high = np.uint8(255) if high < old else high
+                    low = less[place + x]
+                    picture[first + x] = np.uint8(high - low) if high > low else np.uint8(0)
+        _hand_over(picture, pictures[i], out.size > _IN_CACHE)
 
 
 @njit(inline="always")
-def _fill(picture, background, total):
-    stretch = uint64(_STRETCH)
+def _fill(scenes, i, picture):
+    """The background of scene ``i``."""
+    colours = np.empty(_STRETCH, np.uint8)
+    for c in range(3):
+        value = _byte(scenes.background[i, c] * scenes.brightness[i])
+        for x in range(c, _STRETCH, 3):
+            colours[x] = value
+    stretch, total = uint64(_STRETCH), uint64(picture.size)
     first = uint64(0)
     while first + stretch <= total:
         for x in range(stretch):
-            picture[first + x] = background[x]
+            picture[first + x] = colours[x]
         first += stretch
     for x in range(total - first):
-        picture[first + x] = background[x]
+        picture[first + x] = colours[x]
+
+
+@njit(inline="always")
+def _hand_over(picture, target, stream):
+    """Copy a picture; past the caches with ``stream``."""
+    begin, end = uint64(0), uint64(0)
+    if stream:
+        begin = uint64(-target.ctypes.data % _VECTOR)
+        end = begin + (uint64(picture.size) - begin) // uint64(_VECTOR) * uint64(_VECTOR)
+        _stream(picture[begin:end], target[begin:end])  # type: ignore[call-arg]
+    for x in range(begin):
+        target[x] = picture[x]
+    for x in range(uint64(picture.size) - end):
+        target[end + x] = picture[end + x]
+
+
+@intrinsic
+def _stream(typing_context, source, target):
+    """Copy whole vectors of bytes with non-temporal stores, which don't read from memory what they overwrite.
+
+    ``target`` is aligned to a vector. Threads that look at it later see it: the lock of Python, or any, orders such stores.
+    """
+
+    def emit(context, builder, signature, arguments):
+        arrays = [
+            context.make_array(t)(context, builder, a) for t, a in zip(signature.args, arguments, strict=True)
+        ]
+        vectors = [
+            builder.bitcast(a.data, ir.VectorType(ir.IntType(8), _VECTOR).as_pointer()) for a in arrays
+        ]
+        hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        count = builder.udiv(arrays[0].nitems, ir.Constant(arrays[0].nitems.type, _VECTOR))
+        with cgutils.for_range(builder, count) as loop:
+            read, written = [builder.gep(v, [loop.index]) for v in vectors]
+            store = builder.store(builder.load(read, align=1), written, align=_VECTOR)
+            store.set_metadata("nontemporal", hint)
+        return context.get_dummy_value()
+
+    return void(source, target), emit
 
 
 @njit(inline="always")
