@@ -88,7 +88,7 @@ def train(
     algo: Annotated[
         str | None,
         typer.Option(
-            help="Of the transformer: ppo (default), grpo, dr_grpo, dapo, rloo, scst, reinforce or dpo."
+            help="Of the transformer: ppo (default), grpo, dr_grpo, dapo, rloo, scst, reinforce, dpo or supervised."
         ),
     ] = None,
     init: Annotated[

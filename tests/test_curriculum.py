@@ -94,5 +94,8 @@ def test_what_does_not_fit():
         ValueError, match=r"'caption' of MMRL/Captioning-v0 is Box.*12.* at 0 and Box.*20.* at 1"
     ):
         Curriculum(1).check(CAPTIONING, {}, ("image", "caption"))
+    agent = make_agent(VQA, curriculum=EAGER)
+    with pytest.raises(ValueError, match="env can't be set with a curriculum"):
+        agent.set_env(gym.make_vec(VQA, num_envs=2))
     with pytest.raises(ValueError, match="source"):
         Curriculum(1).check(VQA, {"source": object()}, ("image",))

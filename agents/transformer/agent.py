@@ -248,9 +248,11 @@ class TransformerAgent:
         so :meth:`load` must be handed the other.
 
         Raises:
-            ValueError: if its spaces or its autoreset differ.
+            ValueError: if its spaces or its autoreset differ, or if a curriculum makes the environments.
         """
         check_envs(env)
+        if self.settings.curriculum is not None:
+            raise ValueError(f"env can't be set with a curriculum, which makes its own, got {env!r}")
         seen: Any = env.single_observation_space
         for name in (*self.policy.fixed, *self.policy.changing):
             if name not in seen.spaces or seen[name] != self.observation_space[name]:
@@ -467,7 +469,7 @@ class TransformerAgent:
 
         Args:
             folder: where it was saved.
-            env: vector environment, for an agent that was not made from an id.
+            env: vector environment, for an agent that was not made from an id; a curriculum ends with it.
             device, compile: as for the class.
             env_kwargs: takes the place of single saved arguments of the environment.
 
