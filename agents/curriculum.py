@@ -36,15 +36,26 @@ class Curriculum:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and under 1, got {self.threshold}")
 
+    def at_last(self, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The environment's arguments at the last difficulty, where an agent is scored.
+
+        Raises:
+            ValueError: if they ask for another.
+        """
+        asked = (env_kwargs or {}).get("difficulty", self.last)
+        if asked != self.last:
+            raise ValueError(f"difficulty must be the curriculum's last={self.last} or left out, got {asked}")
+        return {**(env_kwargs or {}), "difficulty": self.last}
+
     def check(self, id: str, env_kwargs: Mapping[str, Any], names: Iterable[str]) -> None:
-        """Refuse environments that look different at another difficulty.
+        """Refuse environments that look different at another difficulty, or don't tell success.
 
         Args:
             id, env_kwargs: environment of this suite.
             names: observations that the agent sees.
 
         Raises:
-            ValueError: names what differs.
+            ValueError: names what is in the way.
         """
         if "source" in env_kwargs:
             raise ValueError("a curriculum is over the difficulties of the world; source=... has none")
@@ -52,6 +63,9 @@ class Curriculum:
         for level in range(self.last + 1):
             env = gym.make_vec(id, num_envs=1, **{**env_kwargs, "difficulty": level})
             seen: Any = env.single_observation_space
+            task: Any = getattr(env.unwrapped, "task", None)
+            if "is_success" not in task.info_types:
+                raise ValueError(f"a curriculum needs is_success in the infos, {id} has none")
             spaces.append({**{name: seen[name] for name in names}, "action": env.single_action_space})
             env.close()
         for level, at in enumerate(spaces):

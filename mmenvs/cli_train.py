@@ -76,7 +76,7 @@ def train(
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
     curriculum: Annotated[
         bool,
-        typer.Option(help="Of the transformer: begin at difficulty 0, rise to --difficulty as it succeeds."),
+        typer.Option(help="Begin at difficulty 0 and rise to --difficulty as the agent succeeds."),
     ] = False,
     temperature: Annotated[
         float | None, typer.Option(help="Of the transformer's actions; default 1, over it explores more.")
@@ -275,6 +275,9 @@ def make_agent(
             )
         model = make_transformer(id, num_envs, own, arguments)
     else:
+        own = dict(own)
+        if own.pop("curriculum", False):
+            arguments["curriculum"] = agents("curriculum").Curriculum(env_kwargs["difficulty"])
         for name, value in own.items():
             if value is not None:
                 raise ValueError(f"{name} is of --agent transformer, got {str(value)!r} with {algo!r}")

@@ -3,15 +3,20 @@
 from dataclasses import replace
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mmenvs_agents import sb3
 from mmenvs_agents.curriculum import Curriculum, Progress
+from mmenvs_agents.recipes import RECIPES
 from mmenvs_agents.transformer.agent import TransformerAgent
 from typer.testing import CliRunner
 
 from mmenvs.cli import app
+from mmenvs.integrations.sb3 import make_vec_env
+from tests.test_agents import LITTLE
 from tests.tiny_transformer import CAPTIONING, QUICK, SMALL, VQA, make_agent
 
 EAGER = Curriculum(2, threshold=0.0, window=150)  # a single success promotes
@@ -67,6 +72,69 @@ def test_it_rises_is_logged_and_goes_on_bit_by_bit(tmp_path):
     assert TransformerAgent.load(tmp_path / "broken", other, device="cpu").get_env() is other
 
 
+@pytest.mark.parametrize("algo", RECIPES)
+def test_agents_of_stable_baselines3_rise(tmp_path, algo):
+    small = {"num_envs": 8, "features_dim": 32, "fusion": "concat", "device": "cpu", **LITTLE[algo]}
+    agent = sb3.make_agent(algo, VQA, curriculum=replace(EAGER, window=100), seed=1, **small)
+    assert sb3.settings_of(agent).env_kwargs == {"difficulty": 2}
+    assert agent.get_env().native.task.difficulty == 0
+    sb3.train(agent, 512, tmp_path, progress=False)
+    assert agent.progress.level > 0 and agent.get_env().native.task.difficulty in (
+        agent.progress.level,
+        agent.progress.level - 1,  # promoted after the last rollout
+    )
+    lines = (tmp_path / "progress_0.csv").read_text().splitlines()
+    column = lines[0].split(",").index("curriculum/difficulty")
+    values = [line.split(",")[column] for line in lines[1:]]
+    levels = [
+        float(value) for value in values if value
+    ]  # agents with a replay buffer log before they are judged
+    assert levels == sorted(levels) and agent.progress.level - levels[-1] in ((0,) if values[0] else (0, 1))
+    again = sb3.load(tmp_path, "cpu")
+    assert again.progress == agent.progress and sb3.settings_of(again) == sb3.settings_of(agent)
+    assert again.get_env().native.task.difficulty == agent.progress.level
+    sb3.train(again, 600, tmp_path, progress=False)
+
+
+def test_a_new_level_begins_after_the_update():
+    """The rollout that promotes is learned from as it was, and the next begins with episodes of the next level."""
+    agent = sb3.make_agent(
+        "ppo", VQA, curriculum=Curriculum(1, 0.0, 100), fusion="concat", device="cpu", seed=1, features_dim=32,
+        num_envs=64, n_steps=4, batch_size=64,
+    )  # fmt: skip
+    env, faced, update = agent.get_env(), [], agent.train
+
+    def spy():
+        faced.append((agent.progress.level, env.native.task.difficulty))
+        assert all(
+            (agent._last_obs[name] == seen).all() for name, seen in env.env._last.items() if name != "image"
+        )
+        update()
+
+    agent.train = spy
+    sb3.train(agent, 1024, progress=False)
+    assert faced[0] == (1, 0) and set(faced[1:]) == {(1, 1)}
+
+
+def test_another_environment_of_the_same_spaces():
+    env = make_vec_env(VQA, 3)
+    env.seed(1)
+    env.reset()
+    env.replace(gym.make_vec(VQA, num_envs=3, difficulty=2))
+    assert env.get_attr("difficulty") == [2, 2, 2]
+    env.seed(5)
+    expected, _ = gym.make_vec(VQA, num_envs=3, difficulty=2).reset(seed=5)
+    assert (env.reset()["question"] == expected["question"]).all()
+    for other, message in (
+        (gym.make_vec(VQA, num_envs=2), "num_envs of env must be 3, got 2"),
+        (gym.make_vec(VQA, num_envs=3, image_size=32), "observation_space of env must be"),
+        (gym.make_vec(VQA, num_envs=3, autoreset_mode="NextStep"), "SameStep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.replace(other)
+    assert env.step(np.zeros(3, np.int64))[1].shape == (3,)
+
+
 def test_on_the_command_line(tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
@@ -76,9 +144,25 @@ def test_on_the_command_line(tmp_path):
     assert "after 32 steps" in run(*common, "--curriculum", "--difficulty", 1, "--steps", 32).output
     assert "after 64 steps" in run(*common, "--resume", "--steps", 64, "--curriculum").output
     assert TransformerAgent.load(out, device="cpu").settings.curriculum == Curriculum(1)
+    out = tmp_path / "ppo"
+    common = (
+        "train",
+        VQA,
+        "--num-envs",
+        2,
+        "--device",
+        "cpu",
+        "--curriculum",
+        "--difficulty",
+        1,
+        "--out",
+        out,
+    )
+    assert "after 32 steps" in run(*common, "--steps", 32).output
+    assert "after 64 steps" in run(*common, "--resume", "--steps", 64).output
     for options, message in (
         (("--agent", "transformer"), "difficulty of a curriculum must be from 1"),
-        (("--agent", "ppo", "--difficulty", 1), "curriculum is of --agent transformer"),
+        (("--agent", "ppo"), "difficulty of a curriculum must be from 1"),
     ):
         result = run("train", VQA, "--curriculum", "--out", tmp_path / "b", "--device", "cpu", *options)
         assert result.exit_code == 2 and message in result.output

@@ -155,12 +155,7 @@ class TransformerAgent:
         if curriculum is not None:
             if not isinstance(env, str):
                 raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
-            asked = (env_kwargs or {}).get("difficulty", curriculum.last)
-            if asked != curriculum.last:
-                raise ValueError(
-                    f"difficulty must be the curriculum's last={curriculum.last} or left out, got {asked}"
-                )
-            env_kwargs = {**(env_kwargs or {}), "difficulty": curriculum.last}
+            env_kwargs = curriculum.at_last(env_kwargs)
         check_group(getattr(recipe, "group", 1), self.devices.share(recipe.num_envs), several=False)
         if isinstance(env, str):
             task_class(env)
@@ -380,10 +375,8 @@ class TransformerAgent:
     def _judged(self, rollout: Rollout, hooks: Hooks) -> dict[str, float]:
         """What is logged of the curriculum, once the rollout's episodes have been counted in."""
         curriculum = self.settings.curriculum
-        if curriculum is None:
+        if curriculum is None or rollout.successes is None:
             return {}
-        if rollout.successes is None:
-            raise ValueError(f"a curriculum needs is_success in the infos, {self.settings.id} has none")
         counted = torch.tensor([len(rollout.successes), int(rollout.successes.sum())])
         rate = self.progress.count(curriculum, *self.devices.total(counted).tolist())
         if rate is not None:

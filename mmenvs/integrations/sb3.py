@@ -63,6 +63,20 @@ class MultimodalVecEnv(VecEnv):
         self._actions: npt.NDArray[np.int64] | None = None
         super().__init__(env.num_envs, space, env.single_action_space)
 
+    def replace(self, env: gym.vector.VectorEnv[Any, Any, Any]) -> None:
+        """Go on with another vector environment; ``reset`` comes next, also for who has the observations of the old one.
+
+        Raises:
+            ValueError: if its rows, its spaces or its autoreset differ.
+        """
+        other = MultimodalVecEnv(env)
+        for name in ("num_envs", "observation_space", "action_space"):
+            had, has = getattr(self, name), getattr(other, name)
+            if had != has:
+                raise ValueError(f"{name} of env must be {had}, got {has}")
+        self.env.close()
+        self.env, self.native = env, other.native
+
     def reset(self) -> Observation:
         seeds = None if self._seeds[0] is None else [int(seed) for seed in self._seeds if seed is not None]
         observation, _ = self.env.reset(seed=seeds)  # type: ignore[arg-type]

@@ -1,0 +1,159 @@
+"""Saving agents of Stable-Baselines3, and loading them without executing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import stable_baselines3
+import torch
+from gymnasium.error import NameNotFound
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from mmenvs.checks import integer_in
+from mmenvs.embeddings.joint import check_hashes, joint_hashes
+from mmenvs.embeddings.pretrained import Pretrained
+from mmenvs.files import replacing
+
+from ..curriculum import Curriculum, Progress
+from .agent import episode_seed, face, make_agent, settings_of
+
+FORMAT = 1
+
+
+def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
+    """Write settings (JSON), weights (safetensors) and optimiser state into ``folder``.
+
+    Weights and optimiser stand in files named after the step, and ``settings.json``, replaced last, names
+    the step: a save that is cut off leaves the one before in place. A replay buffer isn't kept.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    steps = agent.num_timesteps
+    weights = agent.policy.state_dict()
+    distinct = {name: weights[name].contiguous() for name in set(_first_names(weights).values())}
+    with replacing(path / f"weights_{steps}.safetensors") as file:
+        file.write_bytes(serialise(distinct))
+    state = agent.policy.optimizer.state_dict()
+    with replacing(path / f"optimizer_{steps}.pt") as file:
+        torch.save(state, file)
+    settings = asdict(settings_of(agent))
+    # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
+    if not isinstance(settings["env_kwargs"].get("source"), str):
+        settings["env_kwargs"].pop("source", None)
+    document = {
+        "format": FORMAT,
+        "steps": steps,
+        "settings": settings,
+        "joints": joint_hashes(agent.policy),
+        "progress": asdict(agent.progress),  # type: ignore[attr-defined]
+        "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
+    }
+    text = json.dumps(document, indent=2)
+    with replacing(path / "settings.json") as file:
+        file.write_text(text)
+    for pattern in ("weights_*.safetensors", "optimizer_*.pt"):
+        for old in path.glob(pattern):
+            if old.stem.split("_")[1] != str(steps):
+                old.unlink()
+
+
+def _first_names(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each name the first that holds the same tensor: policies know their extractor by three names."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(value.data_ptr(), name) for name, value in weights.items()}
+
+
+def load(
+    folder: str | os.PathLike[str], device: str = "auto", env_kwargs: Mapping[str, Any] | None = None
+) -> BaseAlgorithm:
+    """The agent that :func:`save` wrote, ready to predict or to be trained further.
+
+    Args:
+        folder: where it was saved.
+        device: as for :func:`make_agent`.
+        env_kwargs: takes the place of single saved arguments of the environment; a ``source`` of real data
+            isn't saved and must be given here.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its files is missing.
+        ValueError: if the files are damaged or of another format, or if it was trained on another joint embedding.
+    """
+    path = Path(folder)
+    if not (path / "settings.json").is_file():
+        raise FileNotFoundError(
+            f"no agent in {str(folder)!r}: there is no settings.json; 'mmenvs train' writes one"
+        )
+    problem = f"cannot load the agent in {str(folder)!r}: "
+    try:
+        document = json.loads((path / "settings.json").read_text())
+        found = document["format"]
+    except KeyError as error:
+        raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+    if found != FORMAT:
+        raise ValueError(f"{problem}settings.json has format {found!r}, this version reads format {FORMAT}")
+    try:
+        settings = dict(document["settings"])
+        steps = int(document["steps"])
+        joints = dict(document.get("joints", {}))
+        progress = Progress(**document.get("progress", {}))
+        if settings.get("curriculum") is not None:
+            settings["curriculum"] = Curriculum(**settings["curriculum"])
+            integer_in("level", progress.level, 0, settings["curriculum"].last)
+        recipe = dict(settings.pop("recipe"))
+        arguments = recipe.pop("arguments")
+        arguments.pop("ent_coef", None)
+        recipe["net_arch"] = tuple(recipe["net_arch"])
+        settings["visible"] = None if settings["visible"] is None else tuple(settings["visible"])
+        settings["env_kwargs"] = {**settings["env_kwargs"], **(env_kwargs or {})}
+        settings["encoders"] = {
+            name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+            for name, encoder in settings["encoders"].items()
+        }
+    except KeyError as error:
+        raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+    try:
+        agent = make_agent(**settings, device=device, **recipe, **arguments)
+    except (FileNotFoundError, NameNotFound, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{problem}its settings can't be used: {error}") from error
+    try:
+        check_hashes(agent.policy, joints, settings["encoders"])
+    except ValueError as error:
+        raise ValueError(f"{problem}{error}") from None
+    for name in (f"weights_{steps}.safetensors", f"optimizer_{steps}.pt"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{str(path / name)!r} is missing")
+    try:
+        weights = load_file(path / f"weights_{steps}.safetensors", str(agent.device))
+        state = torch.load(path / f"optimizer_{steps}.pt", map_location=agent.device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{problem}the file of its weights or of its optimiser is damaged") from error
+    try:
+        firsts = _first_names(agent.policy.state_dict())
+        if weights.keys() - set(firsts.values()):
+            raise ValueError("there are weights that it lacks")
+        agent.policy.load_state_dict({name: weights[first] for name, first in firsts.items()})
+        agent.policy.optimizer.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(
+            f"{problem}the weights in weights_{steps}.safetensors don't fit the agent of settings.json"
+        ) from error
+    agent.num_timesteps = steps
+    agent.progress = progress  # type: ignore[attr-defined]
+    if settings.get("curriculum") is not None:
+        face(agent, progress.level)
+    # A resumed run must not see the episodes of its beginning again.
+    agent.get_env().seed(episode_seed(settings["seed"], steps))  # type: ignore[union-attr]
+    return agent
