@@ -199,6 +199,7 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     # Drawn in the fastest cache: what takes longest is to write pictures to where they belong.
     picture = np.empty(total, np.uint8)
     chunk = uint64(_CHUNK)
+    background = np.zeros(_STRETCH, np.uint8)
     paint = np.empty(atlas.line.max(), np.uint8)
     # Noise is what is added, saturating, and then what is taken away: one of the two is 0.
     more = np.zeros(atlas.noise.size, np.uint8)
@@ -211,7 +212,7 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
     places = uint64(atlas.noise.size - _CHUNK)
 
     for i in rows:
-        _fill(scenes, i, picture)
+        _fill(scenes, i, background, picture)
         for k in range(scenes.count[i]):
             _blit(scenes, i, k, atlas, paint, picture, width, height)
         if noise > 0.0:
@@ -227,21 +228,22 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
 
 
 @njit(inline="always")
-def _fill(scenes, i, picture):
-    """The background of scene ``i``."""
-    colours = np.empty(_STRETCH, np.uint8)
-    for c in range(3):
-        value = _byte(scenes.background[i, c] * scenes.brightness[i])
-        for x in range(c, _STRETCH, 3):
-            colours[x] = value
+def _fill(scenes, i, background, picture):
+    """Lay the background of scene ``i``, a stretch of which was and will be in ``background``."""
+    red = _byte(scenes.background[i, 0] * scenes.brightness[i])
+    green = _byte(scenes.background[i, 1] * scenes.brightness[i])
+    blue = _byte(scenes.background[i, 2] * scenes.brightness[i])
+    if red != background[0] or green != background[1] or blue != background[2]:
+        for x in range(uint64(0), uint64(_STRETCH), uint64(3)):
+            background[x], background[x + uint64(1)], background[x + uint64(2)] = red, green, blue
     stretch, total = uint64(_STRETCH), uint64(picture.size)
     first = uint64(0)
     while first + stretch <= total:
         for x in range(stretch):
-            picture[first + x] = colours[x]
+            picture[first + x] = background[x]
         first += stretch
     for x in range(total - first):
-        picture[first + x] = colours[x]
+        picture[first + x] = background[x]
 
 
 @njit(inline="always")
@@ -289,10 +291,14 @@ def _blit(scenes, i, k, atlas, paint, picture, width, height):
     size = scenes.attributes[i, k, 2]
     side = atlas.side[size]
     line = uint64(atlas.line[size])
-    for c in range(3):
-        value = _byte(PALETTE[scenes.attributes[i, k, 1], c] * scenes.brightness[i])
-        for x in range(c, line, 3):
-            paint[x] = value
+    colour, light = scenes.attributes[i, k, 1], scenes.brightness[i]
+    red, green, blue = (
+        _byte(PALETTE[colour, 0] * light),
+        _byte(PALETTE[colour, 1] * light),
+        _byte(PALETTE[colour, 2] * light),
+    )
+    for x in range(uint64(0), uint64(3 * side), uint64(3)):
+        paint[x], paint[x + uint64(1)], paint[x + uint64(2)] = red, green, blue
     turn = int(math.floor(scenes.angle[i, k] / ANGLE_STEP + 0.5))
     turn = min(max(turn, -atlas.turns), atlas.turns) + atlas.turns
     look = int(scenes.attributes[i, k, 0]) * len(TEXTURES) + int(scenes.attributes[i, k, 3])
