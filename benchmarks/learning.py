@@ -50,6 +50,8 @@ for _short, _id, _difficulty in (("vqa", VQA, 1), ("matching", MATCHING, 0), ("c
     for _name in ("random", "most_frequent", "oracle"):
         RUNS[f"{_short}-{_name}"] = Run(_id, _difficulty, _name)
 _SHAPES = {"image": "shapes", "question": "shapes"}
+# What an hour of a core at most is enough for.
+_LONG = {"concat": 1_000_000, "weighted_sum": 2_000_000, "cross_attention": 1_100_000, "transformer": 400_000}
 for _fusion in MISSION:
     RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 70_000, {"fusion": _fusion})
     _heard = {"audio": "shapes", "images": "shapes"}
@@ -57,8 +59,9 @@ for _fusion in MISSION:
         MATCHING, 0, "ppo", 70_000, {"fusion": _fusion, "encoders": _heard}
     )
     # From pixels level 1 takes too long for a CPU; so the pretrained embedding that ships sees and reads.
-    _steps = 1_000_000 if _fusion == "concat" else 400_000
-    RUNS[f"vqa-shapes-{_fusion}"] = Run(VQA, 1, "ppo", _steps, {"fusion": _fusion, "encoders": _SHAPES})
+    RUNS[f"vqa-shapes-{_fusion}"] = Run(
+        VQA, 1, "ppo", _LONG[_fusion], {"fusion": _fusion, "encoders": _SHAPES}
+    )
 RUNS["vqa-concat"] = Run(VQA, 1, "ppo", 400_000, {"fusion": "concat"})
 _SEEN = {"fusion": "concat", "encoders": {"image": "shapes"}}
 RUNS["captioning-concat"] = Run(CAPTIONING, 0, "ppo", 300_000, _SEEN, {"shaping": True})
