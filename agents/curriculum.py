@@ -63,11 +63,11 @@ class Curriculum:
         for level in range(self.last + 1):
             env = gym.make_vec(id, num_envs=1, **{**env_kwargs, "difficulty": level})
             seen: Any = env.single_observation_space
-            task: Any = getattr(env.unwrapped, "task", None)
-            if "is_success" not in task.info_types:
-                raise ValueError(f"a curriculum needs is_success in the infos, {id} has none")
+            inner: Any = env.unwrapped
             spaces.append({**{name: seen[name] for name in names}, "action": env.single_action_space})
             env.close()
+            if "is_success" not in inner.task.info_types:
+                raise ValueError(f"a curriculum needs is_success in the infos, {id} has none")
         for level, at in enumerate(spaces):
             for name, space in at.items():
                 if space != spaces[0][name]:
@@ -89,6 +89,11 @@ class Progress:
     level: int = 0
     episodes: int = 0
     successes: int = 0
+
+    def __post_init__(self) -> None:
+        integer_in("level", self.level, 0, 3)
+        integer_in("episodes", self.episodes, 0, 10**15)
+        integer_in("successes", self.successes, 0, self.episodes)
 
     def count(self, curriculum: Curriculum, episodes: int, successes: int) -> float | None:
         """Count training episodes in; the success with which they promote the agent, or None if they don't."""

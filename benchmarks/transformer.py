@@ -7,9 +7,10 @@
     OMP_NUM_THREADS=1 python benchmarks/transformer.py trl          # an iteration of GRPO: against TRL's
 
 Contestants take turns, and ratios of the medians of their processor times are reported, which other work on the machine
-disturbs least: on one thread they are what the time would be without it. Only ratios within one run mean anything. The task is made up: prompts of random words, answered by 24 words. Where a model of transformers takes part, both sides run it
-with the same weights; the policy's prompt sees itself in both directions, that of the model only backwards, which takes
-as long.
+disturbs least: on one thread they are what the time would be without it. Only ratios within one run mean anything. The task
+is made up: prompts of random words, answered by 24 words. In ``trl`` both sides run a model of transformers, in ``generate``
+each its own with the same weights; the policy's prompt sees itself in both directions, that of the model only backwards,
+which takes as long.
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ def measure_generate(repeats: int) -> None:
     for rows in (16, 64):
         envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
         prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
-        print(f"logits after the prompt differ by {unlike(policy, model, prompts):.0e} at most")
+        print(f"log-probabilities after the prompt differ by {unlike(policy, model, prompts):.0e} at most")
         settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
         runs = {
             "generate": lambda p=prompts, s=settings: model.generate(

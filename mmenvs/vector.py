@@ -308,6 +308,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             ):
                 row[key] = part
         final = np.full(self.num_envs, None, dtype=object)
+        # A plain assignment would look into each dict for what it may be a row of.
         final[rows] = np.fromiter(ended, object, rows.size)
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True

@@ -1,5 +1,6 @@
 """Curriculum over difficulty: promotions, what is logged of them, and that they survive a restart."""
 
+import json
 from dataclasses import replace
 
 import gymnasium as gym
@@ -57,7 +58,8 @@ def test_it_rises_is_logged_and_goes_on_bit_by_bit(tmp_path):
     assert levels == sorted(levels) and levels[0] == 0 and levels[-1] == 2 and 1 in levels
     lines = (tmp_path / "straight" / "progress_0.csv").read_text().splitlines()
     column = lines[0].split(",").index("curriculum/difficulty")
-    assert [int(float(line.split(",")[column])) for line in lines[1:]] == levels
+    # The callback sees what the next rollout is played at.
+    assert [int(float(line.split(",")[column])) for line in lines[1:]] == [0, *levels[:-1]]
     first = levels.index(1) + 2  # amid the second level's window
     broken = agent()
     broken.learn(1200, lambda a: a.iteration < first)
@@ -79,17 +81,13 @@ def test_agents_of_stable_baselines3_rise(tmp_path, algo):
     assert sb3.settings_of(agent).env_kwargs == {"difficulty": 2}
     assert agent.get_env().native.task.difficulty == 0
     sb3.train(agent, 512, tmp_path, progress=False)
-    assert agent.progress.level > 0 and agent.get_env().native.task.difficulty in (
-        agent.progress.level,
-        agent.progress.level - 1,  # promoted after the last rollout
-    )
+    assert agent.progress.level > 0
     lines = (tmp_path / "progress_0.csv").read_text().splitlines()
     column = lines[0].split(",").index("curriculum/difficulty")
     values = [line.split(",")[column] for line in lines[1:]]
-    levels = [
-        float(value) for value in values if value
-    ]  # agents with a replay buffer log before they are judged
-    assert levels == sorted(levels) and agent.progress.level - levels[-1] in ((0,) if values[0] else (0, 1))
+    # Agents with a replay buffer write their first line before they are judged.
+    levels = [float(value) for value in values if value]
+    assert levels == sorted(levels) and levels[0] == 0 and levels[-1] > 0
     again = sb3.load(tmp_path, "cpu")
     assert again.progress == agent.progress and sb3.settings_of(again) == sb3.settings_of(agent)
     assert again.get_env().native.task.difficulty == agent.progress.level
@@ -114,6 +112,38 @@ def test_a_new_level_begins_after_the_update():
     agent.train = spy
     sb3.train(agent, 1024, progress=False)
     assert faced[0] == (1, 0) and set(faced[1:]) == {(1, 1)}
+
+
+def test_levels_over_several_trainings():
+    """The last rollout of a training may promote: the next training begins at the new level."""
+    agent = sb3.make_agent(
+        "ppo", VQA, curriculum=Curriculum(3, 0.0, 100), fusion="concat", device="cpu", seed=1, features_dim=32,
+        num_envs=64, n_steps=4, batch_size=64,
+    )  # fmt: skip
+    played, level = [], 0
+    for steps in range(256, 256 * 6, 256):
+        sb3.train(agent, steps, progress=False)
+        played.append(agent.get_env().native.task.difficulty)
+        assert played[-1] == level
+        level = agent.progress.level
+    assert played == sorted(played) and played[-1] == 3
+    with pytest.raises(ValueError, match="env can't be set with a curriculum"):
+        agent.set_env(make_vec_env(VQA, 64))
+        sb3.train(agent, 10_000, progress=False)
+
+
+@pytest.mark.parametrize("progress", [{"episodes": "x"}, {"level": 7}, {"level": 1, "successes": 3}, [1]])
+def test_damaged_progress(tmp_path, progress):
+    sb3.save(sb3.make_agent("ppo", VQA, curriculum=Curriculum(1), device="cpu", num_envs=2), tmp_path)
+    file = tmp_path / "settings.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "progress": progress}))
+    with pytest.raises(ValueError, match="is damaged"):
+        sb3.load(tmp_path, "cpu")
+    # Agents that were saved before there were curricula.
+    del document["progress"], document["settings"]["curriculum"]
+    file.write_text(json.dumps(document))
+    assert sb3.settings_of(sb3.load(tmp_path, "cpu")).curriculum is None
 
 
 def test_another_environment_of_the_same_spaces():
@@ -178,6 +208,9 @@ def test_what_does_not_fit():
         ValueError, match=r"'caption' of MMRL/Captioning-v0 is Box.*12.* at 0 and Box.*20.* at 1"
     ):
         Curriculum(1).check(CAPTIONING, {}, ("image", "caption"))
+    for visible in (None, ("image",)):
+        with pytest.raises(ValueError, match="needs the same spaces"):
+            sb3.make_agent("ppo", CAPTIONING, curriculum=Curriculum(1), visible=visible, device="cpu")
     agent = make_agent(VQA, curriculum=EAGER)
     with pytest.raises(ValueError, match="env can't be set with a curriculum"):
         agent.set_env(gym.make_vec(VQA, num_envs=2))

@@ -244,6 +244,13 @@ def test_squashed_gaussians():
     assert torch.isfinite(far).all()
 
 
+def test_what_is_forbidden_is_never_drawn(monkeypatch):
+    head = action_head(spaces.Discrete(4), 8)
+    described = torch.tensor([[-1e9, 0.0, -1e9, -1e9], [0.0, -1e9, -1e9, 0.0]])
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))  # once in 16 million draws
+    assert head.sample(described, torch.Generator()).flatten().tolist() == [1, 0]
+
+
 def test_action_masks():
     head = action_head(ACTIONS["multi"], 8)
     mask = torch.tensor([True, False, True, False, True, True, True, False, False]).expand(500, -1)

@@ -180,9 +180,9 @@ def make_agent(
             part.remember()
     # Row i of seed s is row i - 1 of seed s + 1: agents of neighbouring seeds must not learn from the same episodes.
     env.seed(episode_seed(seed, 0))
-    agent.settings, agent.progress = settings, Progress()  # type: ignore[attr-defined]
+    agent.settings, agent.progress, agent.made_env = settings, Progress(), env  # type: ignore[attr-defined]
     if curriculum is not None:
-        curriculum.check(id, settings.env_kwargs, visible or seen)
+        curriculum.check(id, settings.env_kwargs, seen)
         face(agent, 0)
     return agent
 

@@ -79,7 +79,7 @@ def load(
         folder: where it was saved.
         device: as for :func:`make_agent`.
         env_kwargs: takes the place of single saved arguments of the environment; a ``source`` of real data
-            isn't saved and must be given here.
+            isn't saved and must be given here. The difficulty of a curriculum stays.
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.

@@ -44,6 +44,8 @@ def train(
         raise ValueError(
             f"total_steps must be over the {agent.num_timesteps} already done, got {total_steps}"
         )
+    if settings_of(agent).curriculum is not None and agent.get_env() is not agent.made_env:  # type: ignore[attr-defined]
+        raise ValueError(f"env can't be set with a curriculum, which makes its own, got {agent.get_env()!r}")
     outputs = []
     if out is not None:
         # Whatever ends the run, its folder holds an agent to go on with.
@@ -93,7 +95,6 @@ class _Callback(BaseCallback):
         super().__init__()
         self.total, self.out, self.checkpoint_steps = total, out, checkpoint_steps
         self.episodes = self.successes = 0  # that ended in the running rollout, if there is a curriculum
-        self.promoted = False
         self.bar: Any = None
         if progress:
             self.bar = progress_line()
@@ -110,10 +111,13 @@ class _Callback(BaseCallback):
         if "ent_coef" in recipe:
             remaining = max(0.0, 1 - self.num_timesteps / self.total)
             self.model.ent_coef = recipe["ent_coef"] * remaining  # type: ignore[attr-defined]
-        if self.promoted:
-            # Not before: the update after a rollout looks at where its episodes stood.
-            self.promoted = False
-            self._begin_level()
+        agent: Any = self.model
+        if (
+            settings_of(agent).curriculum is not None
+            and agent.env.native.task.difficulty != agent.progress.level
+        ):
+            # Not at the promotion: the update after a rollout looks at where its episodes stood.
+            self._begin_level(agent)
 
     def _on_step(self) -> bool:
         if settings_of(self.model).curriculum is not None:
@@ -124,22 +128,22 @@ class _Callback(BaseCallback):
     def _judge(self, curriculum: Curriculum) -> None:
         """Promote the agent if it succeeds often enough."""
         progress = self.model.progress  # type: ignore[attr-defined]
+        self.logger.record("curriculum/difficulty", progress.level)
         rate = progress.count(curriculum, self.episodes, self.successes)
         self.episodes = self.successes = 0
-        self.logger.record("curriculum/difficulty", progress.level)
-        if rate is not None:
-            self.promoted = True
-            if self.bar is not None:
-                steps = f"{self.num_timesteps:,} steps"
-                self.bar.console.print(f"difficulty {progress.level} after {steps}, at success {rate:.3f}")
+        if rate is not None and self.bar is not None:
+            steps = f"{self.num_timesteps:,} steps"
+            self.bar.console.print(f"difficulty {progress.level} after {steps}, at success {rate:.3f}")
 
-    def _begin_level(self) -> None:
+    def _begin_level(self, agent: Any) -> None:
         """Begin episodes of the next difficulty in all rows."""
-        agent: Any = self.model
         face(agent, agent.progress.level)
         agent.env.seed(episode_seed(settings_of(agent).seed, self.num_timesteps))
         agent._last_obs = agent.env.reset()
         agent._last_episode_starts = np.ones(agent.n_envs, np.bool_)
+        # What is logged isn't averaged over levels.
+        agent.ep_info_buffer.clear()
+        agent.ep_success_buffer.clear()
 
     def _on_rollout_end(self) -> None:
         curriculum = settings_of(self.model).curriculum

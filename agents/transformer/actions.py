@@ -132,7 +132,9 @@ class Categorical(ActionHead):
         for part in self._log_probs(described):
             if generator is not None:
                 # The largest p / Exponential(1) has probability p; torch's own exponential_ takes four times as long.
-                part = part.exp() / -torch.rand(part.shape, generator=generator, device=part.device).log()
+                drawn = torch.rand(part.shape, generator=generator, device=part.device)
+                # It may be 0, which would put an action that is likely among those that are forbidden.
+                part = part.exp() / -drawn.clamp_(min=torch.finfo(torch.float32).tiny).log()
             chosen.append(part.argmax(-1))
         return torch.stack(chosen, -1)
 

@@ -375,16 +375,19 @@ class TransformerAgent:
     def _judged(self, rollout: Rollout, hooks: Hooks) -> dict[str, float]:
         """What is logged of the curriculum, once the rollout's episodes have been counted in."""
         curriculum = self.settings.curriculum
-        if curriculum is None or rollout.successes is None:
+        if curriculum is None:
             return {}
+        if rollout.successes is None:
+            raise ValueError(f"a curriculum needs is_success in the infos, {self.settings.id} has none")
+        level = self.progress.level
         counted = torch.tensor([len(rollout.successes), int(rollout.successes.sum())])
         rate = self.progress.count(curriculum, *self.devices.total(counted).tolist())
         if rate is not None:
             self._face(self.progress.level)
-            hooks.say(
+            hooks.promoted(
                 f"difficulty {self.progress.level} after {self._learned:,} steps, at success {rate:.3f}"
             )
-        return {"curriculum/difficulty": self.progress.level}
+        return {"curriculum/difficulty": level}
 
     def _face(self, level: int) -> None:
         """Learn on episodes of another difficulty from now on."""
@@ -464,7 +467,7 @@ class TransformerAgent:
             folder: where it was saved.
             env: vector environment, for an agent that was not made from an id; a curriculum ends with it.
             device, compile: as for the class.
-            env_kwargs: takes the place of single saved arguments of the environment.
+            env_kwargs: takes the place of single saved arguments of the environment; the difficulty of a curriculum stays.
 
         Raises:
             FileNotFoundError: if the folder or one of its files is missing.

@@ -39,6 +39,7 @@ class Hooks:
         self.successes: deque[float] = deque(maxlen=_WINDOW)
         self.returns: deque[float] = deque(maxlen=_WINDOW)
         self.lengths: deque[float] = deque(maxlen=_WINDOW)
+        self._level_over = False
         self.bar: Any = None
         if progress_bar and agent.devices.main:
             self.bar = progress_line()
@@ -83,6 +84,10 @@ class Hooks:
         for name, value in {**means, **log}.items():
             agent.logger.record(name, float(value))
         agent.logger.dump(agent.num_timesteps)
+        if self._level_over:
+            self._level_over = False
+            for window in (self.returns, self.lengths, self.successes):
+                window.clear()
         if self.bar is not None:
             success = f"success {np.mean(self.successes):.3f}" if self.successes else ""
             self.bar.update(
@@ -94,8 +99,9 @@ class Hooks:
             self.stop = True
         self.stop = agent.devices.any(self.stop)
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar, where there is one."""
+    def promoted(self, line: str) -> None:
+        """Say it above the bar, where there is one; what is logged of the next rollout isn't averaged with the last."""
+        self._level_over = True
         if self.bar is not None:
             self.bar.console.print(line, highlight=False)
 

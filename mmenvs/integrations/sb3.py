@@ -64,7 +64,7 @@ class MultimodalVecEnv(VecEnv):
         super().__init__(env.num_envs, space, env.single_action_space)
 
     def replace(self, env: gym.vector.VectorEnv[Any, Any, Any]) -> None:
-        """Go on with another vector environment; ``reset`` comes next, also for who has the observations of the old one.
+        """Go on with another vector environment, to be reset before its first step. Observations of the old one say nothing now.
 
         Raises:
             ValueError: if its rows, its spaces or its autoreset differ.

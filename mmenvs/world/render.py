@@ -210,6 +210,7 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
             more[b] = max(grey, 0)
             less[b] = max(-grey, 0)
     places = uint64(atlas.noise.size - _CHUNK)
+    stream = uint64(rows.size) * total > uint64(_IN_CACHE)
 
     for i in rows:
         _fill(scenes, i, background, picture)
@@ -224,12 +225,12 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
                     high = np.uint8(255) if high < old else high
                     low = less[place + x]
                     picture[first + x] = np.uint8(high - low) if high > low else np.uint8(0)
-        _hand_over(picture, pictures[i], out.size > _IN_CACHE)
+        _hand_over(picture, pictures[i], stream)
 
 
 @njit(inline="always")
 def _fill(scenes, i, background, picture):
-    """Lay the background of scene ``i``, a stretch of which was and will be in ``background``."""
+    """Lay the background of scene ``i``. ``background`` holds a stretch of the scene before, which often is of the same colour."""
     red = _byte(scenes.background[i, 0] * scenes.brightness[i])
     green = _byte(scenes.background[i, 1] * scenes.brightness[i])
     blue = _byte(scenes.background[i, 2] * scenes.brightness[i])
@@ -264,7 +265,7 @@ def _hand_over(picture, target, stream):
 def _stream(typing_context, source, target):
     """Copy whole vectors of bytes with non-temporal stores, which don't read from memory what they overwrite.
 
-    ``target`` is aligned to a vector. Threads that look at it later see it: the lock of Python, or any, orders such stores.
+    ``target`` is aligned to a vector. Threads that look at it later see it, as the lock of Python orders such stores.
     """
 
     def emit(context, builder, signature, arguments):
