@@ -177,7 +177,8 @@ def learned(monkeypatch, method, sign=1.0, steps=9000):
 
 @pytest.mark.parametrize("method", LEARNERS)
 def test_it_learns_to_remember(monkeypatch, method):
-    assert learned(monkeypatch, method) > 0.6
+    # Pairs tell less than returns do: with 9,000 steps one seed in four is still on its way.
+    assert learned(monkeypatch, method, steps=15_000 if method == "dpo" else 9000) > 0.6
 
 
 @pytest.mark.parametrize("method", ["rloo", "dpo"])
