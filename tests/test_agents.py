@@ -51,6 +51,16 @@ def test_every_recipe_trains_saves_and_goes_on(algo, tmp_path):
     assert len(list(tmp_path.glob("weights_*"))) == len(list(tmp_path.glob("optimizer_*"))) == 1
 
 
+@pytest.mark.parametrize(("id", "size"), [(VQA, 50_000), (MATCHING, 23_000)])
+def test_replay_buffers_fit_the_memory(id, size):
+    agent = make_agent("dqn", id, **SMALL)
+    buffer = agent.replay_buffer
+    kept = [*buffer.observations.values(), *buffer.next_observations.values()]
+    assert sum(part.nbytes for part in kept) <= 5 * 2**30
+    assert size - 1000 < agent.buffer_size <= max(size, 24_000)
+    assert make_agent("dqn", id, **SMALL, buffer_size=800).buffer_size == 800
+
+
 def test_ppo_learns_more_than_the_blind_know():
     """40 thousand steps: well over what the words alone give away."""
     agent = make_agent("ppo", VQA, fusion="concat", device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,33 @@ def test_one_that_dies_hangs_or_raises_costs_its_own_run():
     told = [event for event in events if isinstance(event, pool.Progress)]
     assert [(event.run["agent"], event.share, event.score) for event in told] == [("tells", 0.25, 0.5)]
     assert not multiprocessing.active_children()
+
+
+class Agent:
+    """In a cycle of references, as agents and their callbacks are."""
+
+    def __init__(self, run):
+        self.itself, self.run = self, run
+
+
+def _leave_behind(run, device, tell):
+    left.append(weakref.ref(Agent(run)))
+    if run["fails"]:
+        raise ValueError("no rows")
+    return []
+
+
+left: list[weakref.ref] = []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_leaves_nothing_in_memory(fails):
+    gc.disable()
+    try:
+        answer, _ = pool.attempt(_leave_behind, {"fails": fails}, "cpu", lambda *_: None)
+    finally:
+        gc.enable()
+    assert answer == ("error" if fails else "rows") and left.pop()() is None
 
 
 def test_workers_have_one_thread(monkeypatch):

@@ -25,6 +25,8 @@ from ..curriculum import Curriculum, Progress
 from ..imitation import SelfImitationPPO
 from ..recipes import RECIPES, default_encoders
 
+_REPLAY_BYTES = 5 << 30  # a replay buffer of a recipe is no larger, so that two fit a machine of 16 GB
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -128,11 +130,16 @@ def make_agent(
     if curriculum is not None:
         env_kwargs = curriculum.at_last(env_kwargs)
     env = make_vec_env(id, recipe.num_envs, **(env_kwargs or {}))
-    seen = set(env.native.single_observation_space)
+    space: Any = env.native.single_observation_space
+    if "buffer_size" in arguments and "buffer_size" not in overrides:
+        # It holds each observation twice, as what was seen and as what came next.
+        row = 2 * sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in space.values())
+        arguments["buffer_size"] = min(arguments["buffer_size"], _REPLAY_BYTES // row)
+    seen = set(space)
     if visible is not None and (not visible or set(visible) - seen):
         raise ValueError(f"visible must name some of {', '.join(sorted(seen))}, got {visible!r}")
     if encoders is None:
-        encoders = default_encoders(id, env.native.single_observation_space, env_kwargs or {})
+        encoders = default_encoders(id, space, env_kwargs or {})
     settings = Settings(
         algo=algo,
         id=id,

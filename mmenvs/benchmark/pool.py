@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -187,6 +188,9 @@ def attempt(execute: Execute, run: Mapping[str, Any], device: str, tell: Tell) -
         return "rows", execute(run, device, tell)
     except Exception as error:
         return "error", (type(error).__name__, str(error), traceback.format_exc())
+    finally:
+        # Agents are in cycles of references, and a few of them that wait for the collector fill the memory.
+        gc.collect()
 
 
 def _work(pipe: Connection, execute: Execute, device: str) -> None:
