@@ -382,6 +382,24 @@ def test_what_a_run_leaves(trained):
 # The report ----------------------------------------------------------------------------------------------
 
 
+def test_curves_of_runs_whose_checkpoints_are_not_at_the_same_steps(tmp_path):
+    plan = Plan(agents=("transformer",), seeds=2, steps=100, episodes=20)
+    plan.save(tmp_path)
+    with Store(tmp_path, write=True) as opened:
+        for run in plan.runs():
+            late = 4 * run["seed"]
+            rows = bench_runs.rows_of(run)
+            opened.append([{**row, "step": row["step"] + late, "provenance": ORIGIN} for row in rows])
+    with Store(tmp_path) as opened:
+        board = boards.read(opened)
+    (agent,) = board.trained()
+    for task in board.tasks:
+        steps, values = results._curve(board, agent, task)
+        assert steps == [12, 27, 52, 77, 102]
+        lasts = [record.curve[-1][1] for record in board.cells[agent, task]]
+        assert values[-1].value == pytest.approx(np.mean(lasts))
+
+
 class Page(HTMLParser):
     """Collects what a page would load, and its headings."""
 

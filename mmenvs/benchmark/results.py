@@ -160,16 +160,14 @@ def _entry(board: Board, agent: str) -> Entry:
 
 
 def _curve(board: Board, agent: str, task: str) -> Any:
-    """Steps and the mean test return over the runs at each, of the steps that all runs have."""
-    records = board.cells.get((agent, task), [])
-    by_step: dict[int, list[list[float]]] = {}
-    for record in records:
-        for step, value in record.curve:
-            by_step.setdefault(step, []).append([value])
-    common = sorted(step for step, values in by_step.items() if len(values) == len(records))
-    if len(common) < 2:
+    """Steps and the mean test return at each checkpoint, over the runs; None if they have different numbers of those."""
+    points = [record.curve for record in board.cells.get((agent, task), [])]
+    if len({len(curve) for curve in points}) != 1 or len(points[0]) < 2:
         return None
-    return common, [stats.bootstrap([by_step[step]]) for step in common]
+    # Where episodes have several steps, the rollouts before a checkpoint aren't as long in every run.
+    steps = [float(np.mean([step for step, _ in reached])) for reached in zip(*points, strict=True)]
+    values = [[[value] for _, value in reached] for reached in zip(*points, strict=True)]
+    return steps, [stats.bootstrap([each]) for each in values]
 
 
 def _efficiency(board: Board, agent: str) -> Any:
