@@ -400,6 +400,26 @@ def test_curves_of_runs_whose_checkpoints_are_not_at_the_same_steps(tmp_path):
         assert values[-1].value == pytest.approx(np.mean(lasts))
 
 
+def test_episodes_are_of_the_best_agent_on_each_task(tmp_path, monkeypatch):
+    fill(tmp_path)  # skills are drawn for each run
+    with Store(tmp_path) as opened:
+        board = boards.read(opened)
+    best = {}
+    for task in board.tasks:
+        means = {
+            agent: np.mean([r.returns["test"].mean() for r in board.cells[agent, task]])
+            for agent in board.trained()
+            if (agent, task) in board.cells
+        }
+        best[task] = max(means, key=means.get)
+    assert len(set(best.values())) > 1
+    for records in board.cells.values():
+        records[0].examples.append({"seed": 0, "actions": [0]})
+    asked = {}
+    monkeypatch.setattr(episodes, "replay", lambda agent, task, *_: asked.update({task: agent}))
+    assert episodes.examples(board) == [] and asked == best
+
+
 class Page(HTMLParser):
     """Collects what a page would load, and its headings."""
 

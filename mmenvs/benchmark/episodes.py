@@ -56,12 +56,15 @@ class Episode:
 
 def examples(board: Board) -> list[Episode]:
     """For each task some episodes of the best agent that trained on it, right and wrong ones if there are both."""
-    trained = set(board.trained())
-    order = [agent for agent in [*board.ranked, *board.unranked] if agent in trained]
     found = []
     for task in board.tasks:
-        agent = next((agent for agent in order if (agent, task) in board.cells), None)
-        if agent is not None:
+        scores = {
+            agent: np.mean([record.returns["test"].mean() for record in board.cells[agent, task]])
+            for agent in board.trained()
+            if (agent, task) in board.cells
+        }
+        if scores:
+            agent = max(scores, key=scores.__getitem__)
             record = board.cells[agent, task][0]
             played = [replay(agent, task, record.run, example) for example in record.examples[:8]]
             found += _mixed([episode for episode in played if episode is not None])
