@@ -77,6 +77,14 @@ class Curriculum:
                     )
 
 
+def check_curriculum(curriculum: Curriculum | None) -> None:
+    """That it is one, or none."""
+    if not isinstance(curriculum, Curriculum | None):
+        raise TypeError(
+            f"curriculum must be Curriculum(last, ...), such as Curriculum(2), got {curriculum!r}"
+        )
+
+
 @dataclass
 class Progress:
     """How far an agent is in its curriculum.

@@ -77,7 +77,7 @@ def benchmark(
 
     with user_errors():
         if (out is None) == (resume is None):
-            raise ValueError("one of --out, for a new benchmark, and --resume, to go on, must be given")
+            raise ValueError("either --out, for a new benchmark, or --resume, to go on, must be given")
         folder = resume or out
         assert folder is not None
         plan = Plan() if resume is None else Plan.load(resume)

@@ -76,7 +76,7 @@ def train(
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
     curriculum: Annotated[
         bool,
-        typer.Option(help="Begin at difficulty 0 and rise to --difficulty as the agent succeeds."),
+        typer.Option(help="Begin at difficulty 0 and rise to --difficulty, 1 to 3, as the agent succeeds."),
     ] = False,
     temperature: Annotated[
         float | None, typer.Option(help="Of the transformer's actions; default 1, over it explores more.")

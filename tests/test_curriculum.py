@@ -208,6 +208,9 @@ def test_what_does_not_fit():
         ValueError, match=r"'caption' of MMRL/Captioning-v0 is Box.*12.* at 0 and Box.*20.* at 1"
     ):
         Curriculum(1).check(CAPTIONING, {}, ("image", "caption"))
+    for make in (make_agent, lambda id, **more: sb3.make_agent("ppo", id, device="cpu", **more)):
+        with pytest.raises(TypeError, match=r"curriculum must be Curriculum\(last, ...\).*got 2"):
+            make(VQA, curriculum=2)
     for visible in (None, ("image",)):
         with pytest.raises(ValueError, match="needs the same spaces"):
             sb3.make_agent("ppo", CAPTIONING, curriculum=Curriculum(1), visible=visible, device="cpu")

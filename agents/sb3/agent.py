@@ -21,7 +21,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.integrations.sb3 import MultimodalExtractor, MultimodalVecEnv, make_vec_env
 from mmenvs.registry import task_class
 
-from ..curriculum import Curriculum, Progress
+from ..curriculum import Curriculum, Progress, check_curriculum
 from ..imitation import SelfImitationPPO
 from ..recipes import RECIPES, default_encoders
 
@@ -116,6 +116,7 @@ def make_agent(
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
     task_class(id)
     check_encoders(encoders)
+    check_curriculum(curriculum)
     cls = _algorithm(algo)
     device = resolve_device(device)
     integer_in("seed", seed, 0, 2**32 - 1)

@@ -22,7 +22,7 @@ from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.registry import task_class
 
-from ..curriculum import Curriculum, Progress
+from ..curriculum import Curriculum, Progress, check_curriculum
 from ..sb3 import check_encoders, default_precision
 from . import saving
 from .algorithms import MODULES, RECIPES, SUPERVISED
@@ -152,6 +152,7 @@ class TransformerAgent:
             raise TypeError(f"temperature must be a number, got {temperature!r}")
         if not 0.01 <= temperature <= 100:
             raise ValueError(f"temperature must be from 0.01 to 100, got {temperature}")
+        check_curriculum(curriculum)
         if curriculum is not None:
             if not isinstance(env, str):
                 raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
