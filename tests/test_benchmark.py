@@ -622,8 +622,8 @@ def test_live_table():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["benchmark"], "one of --out"),
-        (["benchmark", "--out", "a", "--resume", "b"], "one of --out"),
+        (["benchmark"], "either --out"),
+        (["benchmark", "--out", "a", "--resume", "b"], "either --out"),
         (["benchmark", "--out", "{}", "--suite", "best"], "suite must be one of"),
         (["benchmark", "--out", "{}", "--agents", "best"], "agents must name some of"),
         (["benchmark", "--out", "{}", "--timeout", "0"], "timeout must be above 0"),
