@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from mmenvs.cli import app
 from mmenvs.integrations.sb3 import make_vec_env
+from mmenvs.registry import SPECS, register
+from mmenvs.tasks.vqa import VQA as VQATask
 from tests.test_agents import LITTLE
 from tests.tiny_transformer import CAPTIONING, QUICK, SMALL, VQA, make_agent
 
@@ -196,6 +198,25 @@ def test_on_the_command_line(tmp_path):
     ):
         result = run("train", VQA, "--curriculum", "--out", tmp_path / "b", "--device", "cpu", *options)
         assert result.exit_code == 2 and message in result.output
+
+
+class Silent(VQATask):
+    """VQA that doesn't tell success."""
+
+    def __init__(self, num_envs, **kwargs):
+        super().__init__(num_envs, **kwargs)
+        del self.info_types["is_success"]
+
+
+def test_success_must_be_told():
+    register("Test/Silent-v0", Silent)
+    try:
+        with pytest.raises(
+            ValueError, match="a curriculum needs is_success in the infos, Test/Silent-v0 has none"
+        ):
+            Curriculum(1).check("Test/Silent-v0", {}, ("image", "question"))
+    finally:
+        del SPECS["Test/Silent-v0"], gym.registry["Test/Silent-v0"]
 
 
 def test_what_does_not_fit():
