@@ -128,10 +128,14 @@ def make_agent(
     if "batch_size" not in overrides and {"n_steps", "batch_size"} <= arguments.keys():
         # With few rows a rollout is smaller than the recipe's minibatch.
         arguments["batch_size"] = min(arguments["batch_size"], recipe.num_envs * arguments["n_steps"])
+    faced = dict(env_kwargs or {})
     if curriculum is not None:
         env_kwargs = curriculum.at_last(env_kwargs)
-    env = make_vec_env(id, recipe.num_envs, **(env_kwargs or {}))
+        faced = {**env_kwargs, "difficulty": 0}
+    env = make_vec_env(id, recipe.num_envs, **faced)
     space: Any = env.native.single_observation_space
+    if curriculum is not None:
+        curriculum.check(id, faced, space)
     if "buffer_size" in arguments and "buffer_size" not in overrides:
         # It holds each observation twice, as what was seen and as what came next.
         row = 2 * sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in space.values())
@@ -189,9 +193,6 @@ def make_agent(
     # Row i of seed s is row i - 1 of seed s + 1: agents of neighbouring seeds must not learn from the same episodes.
     env.seed(episode_seed(seed, 0))
     agent.settings, agent.progress, agent.made_env = settings, Progress(), env  # type: ignore[attr-defined]
-    if curriculum is not None:
-        curriculum.check(id, settings.env_kwargs, seen)
-        face(agent, 0)
     return agent
 
 

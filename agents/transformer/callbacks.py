@@ -84,15 +84,15 @@ class Hooks:
         for name, value in {**means, **log}.items():
             agent.logger.record(name, float(value))
         agent.logger.dump(agent.num_timesteps)
-        if self._level_over:
-            self._level_over = False
-            for window in (self.returns, self.lengths, self.successes):
-                window.clear()
         if self.bar is not None:
             success = f"success {np.mean(self.successes):.3f}" if self.successes else ""
             self.bar.update(
                 self.line, completed=agent.num_timesteps, success=success, speed=f"{speed:,.0f} steps/s"
             )
+        if self._level_over:
+            self._level_over = False
+            for window in (self.returns, self.lengths, self.successes):
+                window.clear()
         if self.theirs is not None:
             self.theirs.on_rollout_end()
         if self.mine is not None and self.mine(agent) is False:
