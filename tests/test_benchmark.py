@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mmenvs.benchmark import board as boards
-from mmenvs.benchmark import episodes, job, players, results, store
+from mmenvs.benchmark import episodes, job, players, results, runner, store
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.pool import Done, Progress
 from mmenvs.benchmark.store import Store
@@ -617,6 +617,18 @@ def test_live_table():
     text = table.live.console.export_text()
     assert "4 of 12 runs, about" in text and "0.250" in text
     assert re.search(r"difficulty 1: ppo, cnn\+concat, seed 0 .* 1.000  \(7 s\)", text)
+
+
+def test_lines_tell_how_far_a_run_is(monkeypatch):
+    said, now = [], [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    lines = runner.Lines(said.append, every=60.0)
+    run = next(run for run in PLAN.runs() if run["agent"] == "ppo")
+    lines.begin(1, 0)
+    for now[0], share, score in ((0.0, 0.0, None), (59.0, 0.1, None), (60.0, 0.2, None), (125.0, 0.5, 0.25)):
+        lines.progress(Progress(run, share, score))
+    name = runner.run_name(run)
+    assert said[1:] == [f"{name}: 20%", f"{name}: 50%, 0.250 so far"]
 
 
 @pytest.mark.parametrize(

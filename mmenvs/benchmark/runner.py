@@ -36,24 +36,31 @@ class Watcher(Protocol):
 
 
 class Lines:
-    """A watcher that says a line about each run that is over.
+    """A watcher that says a line about each run that is over, and how far those are that take long.
 
     Args:
         say: takes the lines.
+        every: seconds from one line about a running run to the next.
     """
 
-    def __init__(self, say: Callable[[str], Any]) -> None:
-        self.say = say
+    def __init__(self, say: Callable[[str], Any], every: float = 60.0) -> None:
+        self.say, self.every = say, every
+        self.said: dict[str, float] = {}  # when a run was spoken of, or seen first
 
     def begin(self, runs: int, done: int) -> None:
         self.number, self.total = done, runs
         self.say(f"{count(runs, 'run')}, {done} of them done before")
 
     def progress(self, event: pool.Progress) -> None:
-        pass
+        name, now = run_name(event.run), time.monotonic()
+        if now - self.said.setdefault(name, now) >= self.every:
+            self.said[name] = now
+            score = "" if event.score is None else f", {event.score:.3f} so far"
+            self.say(f"{name}: {event.share:.0%}{score}")
 
     def done(self, event: pool.Done) -> None:
         self.number += 1
+        self.said.pop(run_name(event.run), None)
         self.say(f"{self.number}/{self.total}  {run_name(event.run)}: {outcome(event)}")
 
 
