@@ -77,7 +77,7 @@ assert max(float((a - b).abs().max()) for a, b in zip(other[0], alone[0], strict
 agent = make_agent(CAPTIONING, dataclasses.replace(QUICK, rollout_steps=1, minibatches=8))
 agent.learn(100, out=sys.argv[1], checkpoint_steps=1)
 weights = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
-everywhere = devices.gathered(np.array([weights.double().sum().item(), agent.num_timesteps]))
+everywhere = devices.gathered(torch.tensor([weights.double().sum().item(), agent.num_timesteps], dtype=torch.float64))
 assert (everywhere[:2] == everywhere[2:]).all() and agent.num_timesteps >= 100
 again = type(agent).load(sys.argv[1], device="cpu")
 further = agent.num_timesteps + 20
@@ -86,7 +86,7 @@ agent.learn(further)
 assert all(torch.equal(a, b) for a, b in zip(agent.policy.parameters(), again.policy.parameters(), strict=True))
 # Devices by themselves.
 assert devices.least(devices.rank) == 0 and devices.any(devices.rank == 1) and not devices.any(False)
-assert devices.gathered(np.arange(devices.rank + 1)).tolist() == [0, 0, 1]
+assert devices.gathered(torch.arange(devices.rank + 1)).tolist() == [0, 0, 1]
 try:
     devices.share(7)
 except ValueError as error:

@@ -29,8 +29,10 @@ from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
 from .devices import Devices, check_compile
+from .imitation import EpisodeMemory
 from .learning import Anchor, Recipe, check_group, log_probs_of
 from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
+from .ppo import PPORecipe
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Envs, Rollout, as_tensors, batched, check_envs
 
@@ -79,6 +81,7 @@ class TransformerAgent:
         policy, optimizer, settings, device: as made.
         reference: the policy as it was at the start, if something needs it, or None.
         coefficients: of the pull to it, and the multipliers of limits.
+        memory: of episodes that PPO imitates, or None.
         devices: the processes that learn together.
         progress: in the curriculum.
         parts: of the score, that the environments of this suite report at the end of an episode.
@@ -209,6 +212,9 @@ class TransformerAgent:
         if restraints.kl or method == "dpo":
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.coefficients = restraints.begin()
+        self.memory = None
+        if isinstance(recipe, PPORecipe) and recipe.imitation:
+            self.memory = EpisodeMemory(recipe.memory_mb)
         trunk, heads = self.policy.backbone, (self.policy.actor, self.policy.critic)
         if trunk is None:
             self.optimizer = Muon(self.policy, heads, recipe.learning_rate)
@@ -336,6 +342,8 @@ class TransformerAgent:
     def _collect(self, hooks: Hooks) -> Rollout:
         rank = self.devices.rank
         hooks.playing()
+        # Anew for each rollout, since what is encoded beside what else may differ in the last bit.
+        self.policy.extractor.remember()
         rollout: Rollout = MODULES[self.settings.method].play(
             self.policy,
             self._envs,
@@ -362,6 +370,7 @@ class TransformerAgent:
             self._generator("shuffle", self.iteration),
             anchor,
             self.devices,
+            **({} if self.memory is None else {"memory": self.memory}),
         )
         self.coefficients = restraints.adapt(self.coefficients, rollout, log, self.devices)
         self._counted(rollout)

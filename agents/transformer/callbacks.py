@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..sb3 import progress_line
@@ -65,14 +66,14 @@ class Hooks:
 
     def updated(self, rollout: Rollout, log: Mapping[str, float]) -> None:
         agent, gathered = self.agent, self.agent.devices.gathered
-        self.returns.extend(gathered(rollout.returns))
-        self.lengths.extend(gathered(rollout.episodes.lengths.numpy()))
+        self.returns.extend(gathered(torch.from_numpy(rollout.returns)).tolist())
+        self.lengths.extend(gathered(rollout.episodes.lengths).tolist())
         means: dict[str, Any] = {
             "rollout/ep_rew_mean": np.mean(self.returns),
             "rollout/ep_len_mean": np.mean(self.lengths),
         }
         if rollout.successes is not None:
-            self.successes.extend(gathered(rollout.successes))
+            self.successes.extend(gathered(torch.from_numpy(rollout.successes)).tolist())
             means["rollout/success_rate"] = np.mean(self.successes)
         means |= {f"rollout/{part}": np.mean(scores) for part, scores in rollout.parts.items()}
         speed = (agent.num_timesteps - self.first) / max(time.perf_counter() - self.since, 1e-9)

@@ -11,8 +11,6 @@ import os
 import shutil
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -95,17 +93,17 @@ class Devices:
         mean = self.total(x.double().sum()) / count
         return float(mean), float(self.total((x - mean).double().square().sum()) / count)
 
-    def gathered(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """``values``, ``(n,)`` without NaN, of all processes one after the other; n may differ."""
+    def gathered(self, rows: Tensor) -> Tensor:
+        """``rows``, ``(n, ...)`` on the CPU, of all processes one after the other; n may differ."""
         if self.count == 1:
-            return np.asarray(values, np.float64)
+            return rows
         from accelerate.utils import gather
 
-        longest = -self.least(-len(values))
-        padded = torch.full((longest,), torch.nan, dtype=torch.float64, device=self.device)
-        padded[: len(values)] = torch.as_tensor(values)
-        whole = gather(padded).cpu().numpy()
-        return whole[~np.isnan(whole)]
+        counts = gather(torch.tensor([len(rows)], device=self.device)).tolist()
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        whole = gather(padded.to(self.device)).cpu().unflatten(0, (self.count, -1))
+        return torch.cat([part[:n] for part, n in zip(whole, counts, strict=True)])
 
     def sum_gradients(self, module: nn.Module) -> None:
         """Make the gradients of all parameters the sums over the processes, bit by bit the same in each."""

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al. 2017) on whole episodes."""
+"""Proximal policy optimisation (Schulman et al. 2017) on whole episodes, with self-imitation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .devices import ALONE, Devices
+from .imitation import EpisodeMemory, imitation_loss
 from .learning import Anchor, Recipe, descend, divergence
 from .model import TransformerPolicy
 from .rollout import Rollout, collect
@@ -28,6 +29,8 @@ class PPORecipe(Recipe):
         value_coef: weight of the value loss.
         entropy: weight of the entropy at the start; it falls linearly to 0, since a policy without it settles on
             the most frequent answers before it has learned to look, and one with it never settles.
+        imitation: weight of the loss of past episodes that went well, see ``imitation.py``; 0 is plain PPO.
+        memory_mb: megabytes (2**20 bytes) of memory for them.
     """
 
     rollout_steps: int = 16
@@ -38,6 +41,8 @@ class PPORecipe(Recipe):
     value_coef: float = 0.5
     entropy: float = 0.04
     target_kl: float = 0.1
+    imitation: float = 1.0
+    memory_mb: int = 128
 
 
 def gae(
@@ -110,6 +115,7 @@ def update(
     generator: torch.Generator,
     anchor: Anchor | None = None,
     devices: Devices = ALONE,
+    memory: EpisodeMemory | None = None,
 ) -> dict[str, float]:
     """Learn from a rollout.
 
@@ -121,6 +127,7 @@ def update(
         generator: on the CPU; shuffles the episodes.
         anchor: adds the divergence from a reference to the loss.
         devices: the processes that learn together, each from its own rollout.
+        memory: takes up the rollout, and gives the episodes to imitate.
 
     Returns:
         Means over the update, by name.
@@ -144,8 +151,17 @@ def update(
         pull = 0.0 if anchor is None else anchor.coefficient
         summed, sums = part_loss(policy, rollout, rows, known, recipe, entropy_coef, pull)
         total = int(devices.total(lengths[batch].sum()))
-        return summed / total, {name: value / total for name, value in sums.items()}
+        mean, logged = summed / total, {name: value / total for name, value in sums.items()}
+        if memory:
+            again, returns = memory.draw(len(rows), generator, devices)
+            steps = int(devices.total(again.lengths.sum()))
+            imitated = imitation_loss(policy, again, returns).sum() / steps * (len(rows) / len(batch))
+            mean = mean + recipe.imitation * imitated
+            logged["imitation_loss"] = imitated.detach()
+        return mean, logged
 
+    if memory is not None:
+        memory.store(rollout, recipe.gamma, devices)
     groups = torch.arange(len(lengths))[:, None]
     log = descend(policy, optimizer, groups, loss, recipe, remaining, generator, devices)
     left = devices.moments((targets - rollout.values)[valid])[1]
@@ -153,6 +169,7 @@ def update(
     return log | {
         "train/explained_variance": 1 - left / spread if spread > 0 else 0.0,
         "train/entropy_coef": entropy_coef,
+        **({} if memory is None else {"train/remembered": float(len(memory))}),
     }
 
 

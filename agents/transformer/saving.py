@@ -39,6 +39,8 @@ def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
     tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
     if agent.reference is not None:
         tensors |= {f"reference.{name}": value for name, value in agent.reference.state_dict().items()}
+    if agent.memory is not None:
+        tensors |= {f"memory.{name}": value for name, value in agent.memory.tensors.items()}
     counters = {"steps": agent._learned, "iteration": agent.iteration, **asdict(agent.progress)}
     tensors |= state_tensors(agent.optimizer)
     checkpoint.write(folder, settings, counters, agent.coefficients, tensors)
@@ -98,6 +100,8 @@ def load(
         if agent.reference is not None:
             agent.reference.load_state_dict(_part(tensors, "reference."))
         load_state_tensors(agent.optimizer, tensors)
+        if agent.memory is not None:
+            agent.memory.tensors = {name: x.cpu() for name, x in _part(tensors, "memory.").items()}
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
     agent.num_timesteps = agent._learned = counters["steps"]
