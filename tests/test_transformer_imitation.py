@@ -9,6 +9,7 @@ from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.episodes import Episodes
 from mmenvs_agents.transformer.imitation import EpisodeMemory, imitation_loss, returns_to_go
 from mmenvs_agents.transformer.rollout import Rollout, collect
+
 from tests.tiny_transformer import CAPTIONING, QUICK, make_agent, recall
 
 
@@ -95,7 +96,7 @@ def test_the_loss_is_as_in_the_paper(steps):
     # What was expected too little is a reason to act so again, not one to expect less by acting otherwise.
     loss.sum().backward()
     slope = agent.policy.critic.weight.grad.clone()
-    described, values = agent.policy(episodes)
+    values = agent.policy(episodes)[1]
     agent.optimizer.zero_grad()
     (0.01 * 0.5 * (returns - values)[episodes.valid].clamp(min=0).square()).sum().backward()
     torch.testing.assert_close(agent.policy.critic.weight.grad, slope, atol=1e-6, rtol=1e-4)
