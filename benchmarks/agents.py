@@ -27,6 +27,7 @@ import torch
 from mmenvs_agents import sb3
 from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.transformer.agent import TransformerAgent
+from mmenvs_agents.transformer.ppo import PPORecipe
 
 import mmenvs  # noqa: F401
 
@@ -40,12 +41,15 @@ SPLITS, EPISODES = ("test", "compositional"), 2000
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
-def execute(name: str, seed: int, steps: int) -> dict[str, Any]:
+def execute(name: str, seed: int, steps: int, memory_mb: int) -> dict[str, Any]:
     """Train and score one run; its row."""
     begin = time.process_time()
     player: Any
     if name == OURS:
-        player = TransformerAgent(ID, encoders=ENCODERS, device="cpu", seed=seed, env_kwargs=LEVEL)
+        recipe = PPORecipe(memory_mb=memory_mb)
+        player = TransformerAgent(
+            ID, recipe=recipe, encoders=ENCODERS, device="cpu", seed=seed, env_kwargs=LEVEL
+        )
         player.learn(steps)
     else:
         player = sb3.make_agent(
@@ -99,6 +103,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(AGENTS), default=list(AGENTS), metavar="AGENT")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--memory-mb",
+        type=int,
+        default=PPORecipe().memory_mb,
+        help="of the transformer agent's good episodes",
+    )
     parser.add_argument("--table", action="store_true", help="print the table of what is done")
     options = parser.parse_args()
     path = options.out / "agents.jsonl"
@@ -110,7 +120,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for name in options.only:
                 if (name, seed) not in done:
-                    row = execute(name, seed, options.steps)
+                    row = execute(name, seed, options.steps, options.memory_mb)
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(f"{name}, seed {seed}: {row['test']:.3f}, {row['compositional']:.3f}", flush=True)

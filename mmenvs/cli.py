@@ -184,8 +184,11 @@ def evaluate(
                 "oracle": "oracle",
             }.items()
         }
+    rising = getattr(model.settings, "curriculum", None) is not None
     if as_json:
         document = {"folder": str(folder), "steps": model.num_timesteps}
+        if rising:
+            document["curriculum_difficulty"] = model.progress.level
         typer.echo(
             json.dumps(document | {name: result.to_dict() for name, result in results.items()}, indent=2)
         )
@@ -194,6 +197,8 @@ def evaluate(
     typer.echo(
         f"{first.id}, split {split}, difficulty {first.difficulty}, {count(episodes, 'episode')}, seed {seed}"
     )
+    if rising:
+        typer.echo(f"its curriculum had risen to difficulty {model.progress.level}")
     print_results(results)
 
 

@@ -176,6 +176,9 @@ def test_on_the_command_line(tmp_path):
     assert "after 32 steps" in run(*common, "--curriculum", "--difficulty", 1, "--steps", 32).output
     assert "after 64 steps" in run(*common, "--resume", "--steps", 64, "--curriculum").output
     assert TransformerAgent.load(out, device="cpu").settings.curriculum == Curriculum(1)
+    scored = ("evaluate", out, "--episodes", 8, "--device", "cpu")
+    assert "its curriculum had risen to difficulty 0" in run(*scored).output
+    assert json.loads(run(*scored, "--json").output)["curriculum_difficulty"] == 0
     out = tmp_path / "ppo"
     common = (
         "train",
