@@ -25,7 +25,8 @@ from .transformer.learning import descend, divergence
 from .transformer.ppo import PPORecipe, gae, ppo_loss
 from .vlm import VLMPolicy, VLMSettings
 
-_OWN = ("num_envs", "rollout_steps")  # a row for each answer, and one answer a row
+# A row for each answer, one answer a row, and none of them is kept.
+_OWN = ("num_envs", "rollout_steps", "imitation", "memory_mb")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TokenPPO(PPORecipe):
     max_grad_norm: float = 1.0
     value_coef: float = 0.1
     entropy: float = 0.0
+    imitation: float = 0.0
     kl: float = 0.0
 
     def __post_init__(self) -> None:

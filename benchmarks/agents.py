@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import math
 import subprocess
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from captioning import interval
 from mmenvs_agents import sb3
 from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.transformer.agent import TransformerAgent
@@ -37,8 +37,6 @@ OURS = "transformer"
 AGENTS = {OURS: "transformer agent, nano", "concat": "PPO, concat", "fusion": "PPO, transformer fusion"}
 FUSIONS = {"concat": "concat", "fusion": "transformer"}
 SPLITS, EPISODES = ("test", "compositional"), 2000
-# Of Student, 97.5 %, by degrees of freedom.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 def execute(name: str, seed: int, steps: int, memory_mb: int) -> dict[str, Any]:
@@ -65,14 +63,6 @@ def execute(name: str, seed: int, steps: int, memory_mb: int) -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {**row, "torch": torch.__version__, "commit": commit.stdout.strip()}
-
-
-def interval(values: list[float]) -> str:
-    """Mean of the seeds and half the width of its 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = _T[len(values) - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 def table(path: Path) -> str:

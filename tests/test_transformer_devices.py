@@ -75,10 +75,17 @@ assert max(float((a - b).abs().max()) for a, b in zip(other[0], alone[0], strict
 
 # Whole iterations, in minibatches that not all processes could fill.
 agent = make_agent(CAPTIONING, dataclasses.replace(QUICK, rollout_steps=1, minibatches=8))
+agent.policy.critic.bias.data.fill_(-1.0)  # so that much goes better than expected
 agent.learn(100, out=sys.argv[1], checkpoint_steps=1)
 weights = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
 everywhere = devices.gathered(torch.tensor([weights.double().sum().item(), agent.num_timesteps], dtype=torch.float64))
 assert (everywhere[:2] == everywhere[2:]).all() and agent.num_timesteps >= 100
+# All remember the same episodes, and each draws others of them.
+memory, count = agent.memory, len(agent.memory)
+held = devices.gathered(memory.tensors["returns"])
+assert count and torch.equal(held[:count], held[count:])
+drawn = devices.gathered(memory.draw(50, torch.Generator().manual_seed(0), devices)[1].sum(1))
+assert not torch.equal(drawn[:50], drawn[50:])
 again = type(agent).load(sys.argv[1], device="cpu")
 further = agent.num_timesteps + 20
 again.learn(further)

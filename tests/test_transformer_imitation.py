@@ -1,4 +1,7 @@
-"""Self-imitation of the transformer agent: what is remembered, the loss, and that it learns faster than PPO alone."""
+"""Self-imitation of the transformer agent: what is remembered, the loss, and that it goes on exactly."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,27 +10,12 @@ from hypothesis import strategies as st
 from mmenvs_agents.transformer import ppo
 from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.episodes import Episodes
-from mmenvs_agents.transformer.imitation import EpisodeMemory, imitation_loss, returns_to_go
+from mmenvs_agents.transformer.imitation import EpisodeMemory, imitation_loss
+from mmenvs_agents.transformer.restraints import Restraints
 from mmenvs_agents.transformer.rollout import Rollout, collect
 
-from tests.tiny_transformer import CAPTIONING, QUICK, make_agent, recall
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([1.0, 0.9]), st.integers(0, 10**6)
-)
-def test_returns_to_go_are_sums_to_the_end_of_the_episode(lengths, gamma, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rewards = torch.randn((len(lengths), max(lengths)), generator=generator)
-    bootstrap = torch.randn(len(lengths), generator=generator)
-    returns = returns_to_go(rewards, torch.tensor(lengths), bootstrap, gamma)
-    for row, length in enumerate(lengths):
-        for t in range(length):
-            paid = sum(gamma ** (k - t) * rewards[row, k] for k in range(t, length))
-            expected = float(paid + gamma ** (length - t) * bootstrap[row])
-            assert float(returns[row, t]) == pytest.approx(expected, abs=1e-5)
-        assert (returns[row, length:] == 0).all()
+from mmenvs.embeddings.joint import load_shapes
+from tests.tiny_transformer import CAPTIONING, QUICK, VQA, make_agent, recall
 
 
 def rollout_of(numbers, lengths, good):
@@ -46,6 +34,11 @@ def rollout_of(numbers, lengths, good):
     )  # fmt: skip
 
 
+def returns_of(rollout):
+    lengths = rollout.episodes.lengths
+    return ppo.gae(rollout.rewards, torch.zeros_like(rollout.values), lengths, rollout.bootstrap, 1.0, 1.0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=9), max_size=8))
 def test_memory_keeps_the_newest_of_those_that_went_well(batches):
@@ -54,7 +47,8 @@ def test_memory_keeps_the_newest_of_those_that_went_well(batches):
     for batch in batches:
         numbers = list(range(number, number + len(batch)))
         lengths, good = zip(*batch, strict=True)
-        memory.store(rollout_of(numbers, lengths, good), 1.0)
+        rollout = rollout_of(numbers, lengths, good)
+        memory.store(rollout, returns_of(rollout))
         kept += [(n, length) for n, length, fine in zip(numbers, lengths, good, strict=True) if fine]
         number += len(batch)
         assert len(memory) <= len(kept)
@@ -75,9 +69,11 @@ def test_memory_keeps_the_newest_of_those_that_went_well(batches):
 def test_an_episode_larger_than_the_memory_is_kept_and_nothing_is_nothing():
     memory = EpisodeMemory(1)
     memory.megabytes = 1e-6
-    memory.store(rollout_of([1, 2], [1, 1], [False, False]), 1.0)
+    rollout = rollout_of([1, 2], [1, 1], [False, False])
+    memory.store(rollout, returns_of(rollout))
     assert len(memory) == 0
-    memory.store(rollout_of([3, 4, 5], [1, 2, 1], [True, True, False]), 1.0)
+    rollout = rollout_of([3, 4, 5], [1, 2, 1], [True, True, False])
+    memory.store(rollout, returns_of(rollout))
     assert memory.tensors["actions"][:, 0, 0].tolist() == [4]
 
 
@@ -104,10 +100,18 @@ def test_the_loss_is_as_in_the_paper(steps):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_update_adds_it_to_the_loss_of_ppo(accumulate, monkeypatch):
-    settings = {"num_envs": 6, "rollout_steps": 3, "epochs": 1, "minibatches": 1, "max_grad_norm": 1e6}
+    settings = {
+        "num_envs": 6,
+        "rollout_steps": 3,
+        "epochs": 1,
+        "minibatches": 1,
+        "max_grad_norm": 1e6,
+        "gamma": 0.5,
+    }
     recipe = ppo.PPORecipe(**settings, accumulate=accumulate, imitation=0.5)
     agent = make_agent(recall(6), recipe)
     rollout = collect(agent.policy, agent.get_env(), 0, 3, torch.Generator().manual_seed(0))
+    rollout.rewards[:, -1] = 1.0
     taken = []
     agent.optimizer.step = lambda: taken.append(agent.policy.actor.out.weight.grad.clone())
     monkeypatch.setattr(
@@ -122,12 +126,15 @@ def test_the_update_adds_it_to_the_loss_of_ppo(accumulate, monkeypatch):
     # A mean over steps, however many parts the minibatch has.
     torch.testing.assert_close(taken[1] - taken[0], torch.full_like(taken[0], 0.5))
     assert log["train/remembered"] == 6
+    assert agent.memory.tensors["returns"].tolist() == [[0.25, 0.5, 1.0]] * 6
 
 
-@pytest.mark.parametrize("env", ["vqa", "recall", CAPTIONING])
+@pytest.mark.parametrize("env", ["vqa", "shapes", "recall", CAPTIONING])
 def test_it_goes_on_bit_by_bit_with_what_it_remembers(env, tmp_path):
     def made():
-        return make_agent(recall(8)) if env == "recall" else make_agent(*([] if env == "vqa" else [env]))
+        if env == "shapes":
+            return make_agent(encoders={"image": "shapes", "question": "shapes"}, env_kwargs={})
+        return make_agent(recall(8) if env == "recall" else {"vqa": VQA}.get(env, env))
 
     straight, first = made(), made()
     straight.learn(400)
@@ -139,6 +146,55 @@ def test_it_goes_on_bit_by_bit_with_what_it_remembers(env, tmp_path):
     for name, x in straight.memory.tensors.items():
         assert torch.equal(x, again.memory.tensors[name]), name
     for one, other in zip(straight.policy.parameters(), again.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_environment_begins_anew():
+    memory = EpisodeMemory(1)
+    rollout = rollout_of([1, 2], [1, 2], [True, True])
+    memory.store(rollout, returns_of(rollout))
+    other = rollout_of([3, 4], [2, 2], [False, False])
+    masked = replace(other, episodes=replace(other.episodes, masks=torch.ones(2, 2, 5, dtype=torch.bool)))
+    memory.store(other, returns_of(other))
+    assert len(memory) == 2
+    memory.store(masked, returns_of(masked))
+    assert len(memory) == 0
+
+
+def test_one_long_episode_among_short_ones_goes_again():
+    memory = EpisodeMemory(1)
+    memory.megabytes = 3_000 / 2**20
+    for lengths in ([1] * 20, [50] + [1] * 20, [1] * 30):
+        rollout = rollout_of(list(range(len(lengths))), lengths, [True] * len(lengths))
+        memory.store(rollout, returns_of(rollout))
+    assert memory.tensors["returns"].shape[1] == 1 and len(memory) > 15
+
+
+def test_damaged_memories_are_refused_and_old_agents_stay_plain(tmp_path):
+    agent = make_agent()
+    agent.learn(400)
+    del agent.memory.tensors["returns"]
+    agent.save(tmp_path / "damaged")
+    with pytest.raises(ValueError, match="memory holds no episodes"):
+        TransformerAgent.load(tmp_path / "damaged", device="cpu")
+    plain = make_agent(recipe=ppo.PPORecipe(**{**vars(QUICK), "imitation": 0.0}))
+    plain.save(tmp_path / "old")
+    file = tmp_path / "old" / "settings.json"
+    document = json.loads(file.read_text())
+    del document["settings"]["recipe"]["imitation"], document["settings"]["recipe"]["memory_mb"]
+    file.write_text(json.dumps(document))
+    assert TransformerAgent.load(tmp_path / "old", device="cpu").memory is None
+
+
+def test_with_limits_nothing_is_remembered():
+    limits = Restraints(limits={"hallucination": 0.1})
+    assert make_agent(CAPTIONING, restraints=limits).memory is None
+
+
+def test_the_first_agent_on_shapes_has_the_weights_of_the_second():
+    load_shapes.cache_clear()
+    first, second = (make_agent(encoders={"image": "shapes"}, env_kwargs={}) for _ in range(2))
+    for one, other in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
         assert torch.equal(one, other)
 
 

@@ -81,7 +81,7 @@ class TransformerAgent:
         policy, optimizer, settings, device: as made.
         reference: the policy as it was at the start, if something needs it, or None.
         coefficients: of the pull to it, and the multipliers of limits.
-        memory: of episodes that PPO imitates, or None.
+        memory: of episodes that PPO imitates, or None; with limits it doesn't.
         devices: the processes that learn together.
         progress: in the curriculum.
         parts: of the score, that the environments of this suite report at the end of an episode.
@@ -213,7 +213,8 @@ class TransformerAgent:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.coefficients = restraints.begin()
         self.memory = None
-        if isinstance(recipe, PPORecipe) and recipe.imitation:
+        # With limits the worth of an episode changes with their multipliers.
+        if isinstance(recipe, PPORecipe) and recipe.imitation and not restraints.limits:
             self.memory = EpisodeMemory(recipe.memory_mb)
         trunk, heads = self.policy.backbone, (self.policy.actor, self.policy.critic)
         if trunk is None:
@@ -459,7 +460,7 @@ class TransformerAgent:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the agent into ``folder``, whole or not at all: ``settings.json`` and ``state_STEPS.safetensors``
-        with weights and optimiser."""
+        with weights, optimiser and what PPO remembers."""
         saving.save(self, folder)
 
     @classmethod

@@ -94,7 +94,8 @@ class Devices:
         return float(mean), float(self.total((x - mean).double().square().sum()) / count)
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """``rows``, ``(n, ...)`` on the CPU, of all processes one after the other; n may differ."""
+        """``rows``, ``(n, ...)`` on the CPU, of all processes one after the other; n may differ. Of a type that they can
+        send each other: not 16-bit integers on CPUs."""
         if self.count == 1:
             return rows
         from accelerate.utils import gather

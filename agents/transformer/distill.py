@@ -71,6 +71,7 @@ class Student(TransformerAgent):
                 f"the teacher must have the action space {self.action_space}, it has {teacher.action_space}"
             )
         self.teacher = teacher
+        self.memory = None  # it imitates the teacher
 
     def _update(self, rollout: Rollout, total_steps: int) -> dict[str, float]:
         log = update(

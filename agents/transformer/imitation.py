@@ -38,27 +38,52 @@ class EpisodeMemory:
     def __len__(self) -> int:
         return len(self.tensors["lengths"]) if self.tensors else 0
 
-    def store(self, rollout: Rollout, gamma: float, devices: Devices = ALONE) -> None:
-        """Keep what went better than the policy of the rollout expected, of all processes."""
+    def store(self, rollout: Rollout, returns: Tensor, devices: Devices = ALONE) -> None:
+        """Keep what went better than the policy of the rollout expected, of all processes.
+
+        Args:
+            rollout: of this process.
+            returns: float32 ``(B, T)``, from each of its steps to the end of the episode.
+            devices: the processes.
+        """
         episodes = rollout.episodes
-        returns = returns_to_go(rollout.rewards, episodes.lengths, rollout.bootstrap, gamma)
         better = ((returns > rollout.values) & episodes.valid).any(1)
         parts = {f"fixed.{name}": x for name, x in episodes.fixed.items()}
         parts |= {f"steps.{name}": x for name, x in episodes.steps.items()}
         parts |= {"actions": episodes.actions, "lengths": episodes.lengths, "returns": returns}
         if episodes.masks is not None:
             parts["masks"] = episodes.masks
-        kept = self.tensors or {name: x[:0] for name, x in parts.items()}
-        longest = -devices.least(-max(returns.shape[1], kept["returns"].shape[1]))
-        joined = {
-            name: torch.cat(
-                [_padded(name, kept[name], longest), devices.gathered(_padded(name, x[better], longest))]
-            )
-            for name, x in parts.items()
+        if any(_form(self.tensors, name) != _form(parts, name) for name in self.tensors.keys() | parts):
+            self.tensors = {}  # of another environment, or nothing yet
+        longest = -devices.least(-int(episodes.lengths[better].max())) if better.any() else -devices.least(0)
+        fresh = {name: devices.gathered(_long(name, x[better], longest)) for name, x in parts.items()}
+        if not len(fresh["lengths"]):
+            return
+        kept = self.tensors or {name: x[:0] for name, x in fresh.items()}
+        longest = max(longest, kept["returns"].shape[1])
+        row = sum(_long(name, x[:1], longest).nbytes for name, x in fresh.items())
+        size = max(1, int(self.megabytes * 2**20) // row)
+        # Cut before it is padded, so that one long episode among many short ones takes no more for a moment.
+        fresh = {name: x[-size:] for name, x in fresh.items()}
+        left = max(0, size - len(fresh["lengths"]))
+        kept = {name: x[max(0, len(x) - left) :] for name, x in kept.items()}
+        longest = int(torch.cat([kept["lengths"], fresh["lengths"]]).max())
+        self.tensors = {
+            name: torch.cat([_long(name, kept[name], longest), _long(name, x, longest)])
+            for name, x in fresh.items()
         }
-        row = sum(x[:1].nbytes for x in joined.values())
-        size = max(1, int(self.megabytes * 2**20) // max(row, 1))
-        self.tensors = {name: x[-size:] for name, x in joined.items()} if row else {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Hold what a checkpoint holds, ``tensors`` of another memory.
+
+        Raises:
+            ValueError: if they aren't those of episodes.
+        """
+        tensors = {name: x.cpu() for name, x in tensors.items()}
+        counts = {len(x) for x in tensors.values() if x.dim()}
+        if tensors and not (tensors.keys() >= {"actions", "lengths", "returns"} and len(counts) == 1):
+            raise ValueError(f"its memory holds no episodes: {', '.join(sorted(tensors))}")
+        self.tensors = tensors
 
     def draw(self, n: int, generator: torch.Generator, devices: Devices = ALONE) -> tuple[Episodes, Tensor]:
         """``n`` episodes, each as likely, and the returns of their steps ``(n, T)``; others in each process."""
@@ -74,22 +99,18 @@ class EpisodeMemory:
         return episodes, parts["returns"][rows, : episodes.actions.shape[1]]
 
 
-def _padded(name: str, x: Tensor, longest: int) -> Tensor:
-    """``(N, T, ...)`` with ``longest`` steps; what has no axis of steps as it is."""
+def _form(parts: dict[str, Tensor], name: str) -> torch.Size | None:
+    """The shape of a part at one episode, or one step of it; None if there is none."""
+    if name not in parts:
+        return None
+    return parts[name].shape[1:] if name == "lengths" or name.startswith("fixed.") else parts[name].shape[2:]
+
+
+def _long(name: str, x: Tensor, longest: int) -> Tensor:
+    """``(N, T, ...)`` with ``longest`` steps, padded or cut; what has no axis of steps as it is."""
     if name == "lengths" or name.startswith("fixed."):
         return x
-    return F.pad(x, [0, 0] * (x.dim() - 2) + [0, longest - x.shape[1]])
-
-
-def returns_to_go(rewards: Tensor, lengths: Tensor, bootstrap: Tensor, gamma: float) -> Tensor:
-    """Discounted returns ``(B, T)`` from each step to the end of its episode; what comes after a truncated one is worth
-    its ``bootstrap``. Arguments as of :func:`mmenvs_agents.transformer.ppo.gae`."""
-    returns, later = torch.zeros_like(rewards), torch.zeros_like(bootstrap)
-    for t in reversed(range(rewards.shape[1])):
-        later = rewards[:, t] + gamma * torch.where(lengths.eq(t + 1), bootstrap, later)
-        later = torch.where(lengths.gt(t), later, 0.0)
-        returns[:, t] = later
-    return returns
+    return F.pad(x[:, :longest], [0, 0] * (x.dim() - 2) + [0, max(0, longest - x.shape[1])])
 
 
 def imitation_loss(policy: TransformerPolicy, episodes: Episodes, returns: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class PPORecipe(Recipe):
         value_coef: weight of the value loss.
         entropy: weight of the entropy at the start; it falls linearly to 0, since a policy without it settles on
             the most frequent answers before it has learned to look, and one with it never settles.
-        imitation: weight of the loss of past episodes that went well, see ``imitation.py``; 0 is plain PPO.
+        imitation: weight of the loss of past episodes that went well, see ``imitation.py``; 0 is plain PPO. Advantages
+            are normalised, this loss is not: it is meant for returns of about 1.
         memory_mb: megabytes (2**20 bytes) of memory for them.
     """
 
@@ -161,7 +162,9 @@ def update(
         return mean, logged
 
     if memory is not None:
-        memory.store(rollout, recipe.gamma, devices)
+        nothing = torch.zeros_like(rollout.values)
+        returns = gae(rollout.rewards, nothing, lengths, rollout.bootstrap, recipe.gamma, 1.0)
+        memory.store(rollout, returns, devices)
     groups = torch.arange(len(lengths))[:, None]
     log = descend(policy, optimizer, groups, loss, recipe, remaining, generator, devices)
     left = devices.moments((targets - rollout.values)[valid])[1]

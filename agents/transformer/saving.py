@@ -61,7 +61,10 @@ def load(
         id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
         size = ModelConfig(**settings["model"])
         method = one_of("method", settings["method"], tuple(RECIPES))
-        recipe = type(RECIPES[method])(**settings["recipe"])
+        known = settings["recipe"]
+        if method == "ppo" and "imitation" not in known:
+            known = {**known, "imitation": 0.0}  # of before there was any
+        recipe = type(RECIPES[method])(**known)
         restraints = Restraints(**settings["restraints"])
         if coefficients.keys() != restraints.begin().keys():
             raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
@@ -101,7 +104,7 @@ def load(
             agent.reference.load_state_dict(_part(tensors, "reference."))
         load_state_tensors(agent.optimizer, tensors)
         if agent.memory is not None:
-            agent.memory.tensors = {name: x.cpu() for name, x in _part(tensors, "memory.").items()}
+            agent.memory.restore(_part(tensors, "memory."))
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
     agent.num_timesteps = agent._learned = counters["steps"]

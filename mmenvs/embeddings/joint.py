@@ -147,7 +147,9 @@ def load_joint(path: Path | str) -> tuple[JointEmbedding, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            model = JointEmbedding(JointConfig(**json.loads(metadata["config"])))
+            # Its first weights are drawn and thrown away; the caller's generator stays as it is.
+            with torch.random.fork_rng(devices=[]):
+                model = JointEmbedding(JointConfig(**json.loads(metadata["config"])))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             card = json.loads(metadata["card"])
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
