@@ -15,7 +15,7 @@ from torch import Tensor
 from mmenvs.checks import integer_in
 
 # Weight of the value's error against that of the policy (Oh et al. 2018, section 4).
-_VALUE_WEIGHT = 0.01
+VALUE_WEIGHT = 0.01
 
 
 class Memory:
@@ -137,7 +137,7 @@ class SelfImitationPPO(PPO):
         policy: Any = self.policy
         values, log_probability, _ = policy.evaluate_actions(observations, actions)
         short = (returns - values.flatten()).clamp(min=0.0)  # (batch_size,)
-        loss = -(short.detach() * log_probability).mean() + _VALUE_WEIGHT * 0.5 * short.square().mean()
+        loss = -(short.detach() * log_probability).mean() + VALUE_WEIGHT * 0.5 * short.square().mean()
         (self.imitation * loss).backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.losses.append(loss.item())

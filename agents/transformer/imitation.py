@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..imitation import VALUE_WEIGHT
 from .devices import ALONE, Devices
 from .episodes import Episodes
 from .model import TransformerPolicy
 from .rollout import Rollout
-
-# Weight of the value's error against that of the policy (Oh et al. 2018, section 4).
-_VALUE_WEIGHT = 0.01
 
 
 class EpisodeMemory:
@@ -120,4 +118,4 @@ def imitation_loss(policy: TransformerPolicy, episodes: Episodes, returns: Tenso
     described, values = policy(episodes)
     log_probs = policy.actor.log_prob(described[valid], episodes.actions[valid])
     short = (returns.to(policy.device) - values)[valid].clamp(min=0.0)
-    return 0.5 * _VALUE_WEIGHT * short.square() - short.detach() * log_probs
+    return 0.5 * VALUE_WEIGHT * short.square() - short.detach() * log_probs
