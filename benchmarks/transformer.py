@@ -101,10 +101,11 @@ def play_cached(policy: TransformerPolicy, prompts: Tensor) -> Tensor:
     """The most likely answers ``(B, ANSWER, 1)``, a cached step at a time."""
     cache = policy.cache(len(prompts), ANSWER)
     words = [torch.zeros((len(prompts), 1), dtype=torch.int64)]
-    for step in range(ANSWER):
-        starts = torch.full((len(prompts),), step == 0)
-        described, _ = policy.step(cache, {"prompt": prompts}, words[-1], starts)
-        words.append(policy.actor.sample(described, None))
+    with policy.casting_once():
+        for step in range(ANSWER):
+            starts = torch.full((len(prompts),), step == 0)
+            described, _ = policy.step(cache, {"prompt": prompts}, words[-1], starts)
+            words.append(policy.actor.sample(described, None))
     return torch.stack(words[1:], 1)
 
 

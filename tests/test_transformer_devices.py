@@ -1,6 +1,7 @@
 """Learning in several processes: two on the CPU take the steps that one with all the rows takes."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from mmenvs_agents.transformer import ppo
 from mmenvs_agents.transformer.episodes import Episodes
+from mmenvs_agents.transformer.imitation import EpisodeMemory
 from mmenvs_agents.transformer.rollout import Rollout, collect
 from tests.tiny_transformer import CAPTIONING, QUICK, make_agent
 
@@ -53,12 +55,12 @@ whole = Rollout(
     joined(lambda r: r.bootstrap), np.concatenate([r.returns for r in both]), None, {},
 )
 
-def updated(rollout, **devices):
+def updated(rollout, recipe=recipe, **given):
     twin = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(twin.parameters())
     gradients = []
     optimizer.step = lambda: gradients.append([p.grad.clone() for p in twin.parameters() if p.grad is not None])
-    log = ppo.update(twin, optimizer, rollout, recipe, 1.0, torch.Generator().manual_seed(0), **devices)
+    log = ppo.update(twin, optimizer, rollout, recipe, 1.0, torch.Generator().manual_seed(0), **given)
     return gradients, log
 
 together, log = updated(mine, devices=devices)
@@ -72,6 +74,29 @@ for name, value in expected.items():
     assert abs(log[name] - value) < 1e-5, name
 other = updated(mine)[0]  # what this process has alone is something else
 assert max(float((a - b).abs().max()) for a, b in zip(other[0], alone[0], strict=True)) > 1e-4
+
+# The same with episodes to imitate, each process its own.
+class Given(EpisodeMemory):
+    def __init__(self, rollout):
+        self.episodes, self.returns = rollout.episodes, rollout.values + 0.5
+
+    def __len__(self):
+        return len(self.returns)
+
+    def store(self, *_):
+        pass
+
+    def draw(self, *_):
+        return self.episodes, self.returns
+
+once = dataclasses.replace(recipe, accumulate=1)
+together, log = updated(mine, once, devices=devices, memory=Given(mine))
+(first, second), expected = updated(whole, once, memory=Given(whole))
+assert max(float((a - b).abs().max()) for a, b in zip(first, alone[0], strict=True)) > 1e-3  # imitation counts
+for some, all_ in zip(together, (first, second), strict=True):
+    for one, other in zip(some, all_, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+assert abs(log["train/imitation_loss"] - expected["train/imitation_loss"]) < 1e-5
 
 # Whole iterations, in minibatches that not all processes could fill.
 agent = make_agent(CAPTIONING, dataclasses.replace(QUICK, rollout_steps=1, minibatches=8))
@@ -104,18 +129,23 @@ print(f"process {devices.rank} is done", flush=True)
 
 def launch(*arguments):
     """Exit code and output of what two processes on the CPU run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no")
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend=no"]
-    given = [f"--main_process_port={port}", *map(str, arguments)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), os.getcwd()]),
     }
-    done = subprocess.run([*command, *given], capture_output=True, text=True, env=environment)
-    return done.returncode, done.stdout + done.stderr
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        given = [f"--main_process_port={port}", *map(str, arguments)]
+        done = subprocess.run([*command, *given], capture_output=True, text=True, env=environment)
+        said = done.stdout + done.stderr
+        # Another process may have taken the port in between.
+        if done.returncode == 0 or not re.search("EADDRINUSE|address already in use", said, re.IGNORECASE):
+            break
+    return done.returncode, said
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ Three calls, and all that an algorithm needs::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -301,6 +302,12 @@ class TransformerPolicy(nn.Module):
     def compile_trunk(self) -> None:
         """``torch.compile`` the trunk for whole episodes, that is for updates; steps, which are many and small, stay eager."""
         self._whole = torch.compile(TransformerPolicy._trunk, dynamic=True)
+
+    def casting_once(self) -> AbstractContextManager[Any]:
+        """Around the steps of a rollout: weights are cast to half precision once in it, not once a step. They mustn't
+        change meanwhile."""
+        # It enables nothing: PyTorch keeps casts until the outermost region ends, and those of the steps lie in this one.
+        return torch.autocast(self.device.type, enabled=False)
 
     def cache(self, rows: int, steps: int = 1) -> Cache:
         """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them."""

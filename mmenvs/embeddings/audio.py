@@ -39,10 +39,10 @@ class LogMel(nn.Module):
     @torch.no_grad()
     def forward(self, sound: Tensor) -> Tensor:
         with torch.autocast(sound.device.type, enabled=False):
-            padded = F.pad(sound.float(), (WINDOW // 2, WINDOW // 2))
             mels = []
-            for part in padded.split(CHUNK if sound.device.type == "cpu" else len(sound)):
-                spectrum = torch.fft.rfft(part.unfold(-1, WINDOW, HOP) * self.window)
+            for part in sound.float().split(CHUNK if sound.device.type == "cpu" else len(sound)):
+                padded = F.pad(part, (WINDOW // 2, WINDOW // 2))
+                spectrum = torch.fft.rfft(padded.unfold(-1, WINDOW, HOP) * self.window)
                 parts = torch.view_as_real(spectrum).flatten(-2)  # (b, F, WINDOW + 2)
                 mels.append(parts.square_() @ self.filters)
             return torch.cat(mels).add_(1e-5).log_().add_(11.5).div_(8).transpose(1, 2)
