@@ -202,12 +202,14 @@ def measure_precision(repeats: int, agent: Path | None) -> None:
         return
     trained = TransformerAgent.load(agent, device="cpu")
     envs = gym.make_vec(trained.settings.id, num_envs=256, split="test", **trained.settings.env_kwargs)
-    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None).episodes for p in PRECISIONS]
+    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None) for p in PRECISIONS]
     captions = [
-        [row[:n].flatten().tolist() for row, n in zip(e.actions, e.lengths, strict=True)] for e in both
+        [row[:n].flatten().tolist() for row, n in zip(r.episodes.actions, r.episodes.lengths, strict=True)]
+        for r in both
     ]
     same = sum(a == b for a, b in zip(*captions, strict=True))
     print(f"greedy captions of the test split that are the same in both: {same} of {len(captions[0])}")
+    print("their mean scene F1:", " and ".join(f"{r.parts['scene_f1'].mean():.4f}" for r in both))
 
 
 def make_llama() -> Any:

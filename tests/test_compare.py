@@ -246,7 +246,9 @@ def test_comparison_leaves_rows_with_all_criteria(compared):
         assert row["cost"]["parameters"] > 1000 and row["cost"]["milliseconds"] > 0
         assert set(row["structure"]["modalities"]) == {"image", "question"}
         assert set(row["structure"]["use"]["image"]) == {"score", "dropped", "shuffled", "swapped"}
-        assert row["provenance"]["versions"]["torch"] and row["provenance"]["device"].startswith("cpu")
+        made = row["provenance"]
+        assert made["versions"]["torch"] and made["device"].startswith("cpu")
+        assert made["device"].endswith(f", {sb3.default_precision('cpu')})")
     assert rows[0]["plan"] == {"fusion": "concat", "encoders": {"image": "cnn", "question": "bow"}}
     assert "within 20 MB: " in said
 

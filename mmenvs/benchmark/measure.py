@@ -316,15 +316,16 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Versions and device of this machine."""
+    """Versions and device of this machine, and the precision that recipes take on it."""
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    precision = importlib.import_module("mmenvs_agents.sb3").default_precision(torch.device(device).type)
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "device": f"{device} ({name}, {os.cpu_count()} cores)",
+        "device": f"{device} ({name}, {os.cpu_count()} cores, {precision})",
     }
 
 
