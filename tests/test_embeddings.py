@@ -180,8 +180,12 @@ def test_weights_of_the_weighted_sum_sum_to_one():
     module = FUSIONS["weighted_sum"]({"a": 2, "b": 3}, 32, 16)
     present = torch.ones(5, 2, dtype=torch.bool)
     weights = module.weights({"a": torch.randn(5, 32), "b": torch.randn(5, 32)}, present)
+    torch.testing.assert_close(weights, torch.full((5, 2), 0.5))  # before anything is learned
+    for score in module.score.values():
+        torch.nn.init.normal_(score.weight, std=100.0)
+    weights = module.weights({"a": torch.randn(5, 32), "b": torch.randn(5, 32)}, present)
     torch.testing.assert_close(weights.sum(1), torch.ones(5))
-    assert (weights > 0).all()
+    assert not torch.allclose(weights[0], weights[1]) and (weights > 0.119).all()  # 1 / (1 + e^2)
 
 
 def test_half_precision_is_close_to_single():

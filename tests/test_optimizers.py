@@ -86,6 +86,13 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [group["muon"] for group in optimizer.param_groups] == [False]
 
 
+def test_layers_with_one_output_take_steps_of_adam() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    matrices, others = Muon(net).param_groups
+    assert [p.shape for p in matrices["params"]] == [(2, 3)]
+    assert [p.shape for p in others["params"]] == [(2,), (1, 2), (1,)]
+
+
 @pytest.mark.parametrize("algo", ["ppo", "a2c"])
 def test_recipes_use_it_for_all_but_the_heads(algo: str) -> None:
     agent = make_agent(algo, "MMRL/VQA-v0", num_envs=8, device="cpu")

@@ -48,20 +48,27 @@ class WeightedSum(Fusion):
     """Weighted sum: projections of the modalities are added with weights that are learned and sum to 1.
 
     The weights come from the modalities themselves (Hori et al. 2017, "Attention-based multimodal fusion
-    for video description"); the sum is taken at each token with the means of the other modalities.
+    for video description"); the sum is taken at each token with the means of the other modalities. Scores are
+    bounded, so that no weight is more than 7.4 times another: early on an agent gains by the question alone, and
+    unbounded ones would shut out the picture before it is learned.
     """
 
     def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
         super().__init__(lengths, width, features_dim)
-        self.project = nn.ModuleDict({name: nn.Linear(width, 2 * width) for name in lengths})
+        self.here = nn.ModuleDict({name: nn.Linear(width, 2 * width) for name in lengths})
+        self.there = nn.ModuleDict({name: nn.Linear(width, 2 * width, bias=False) for name in lengths})
         self.score = nn.ModuleDict({name: nn.Linear(width, 1) for name in lengths})
-        self.mix = nn.Linear(2 * width, width)
+        for score in self.score.values():
+            # They begin equal.
+            nn.init.zeros_(cast(nn.Linear, score).weight)
+            nn.init.zeros_(cast(nn.Linear, score).bias)
+        self.mix = nn.ModuleDict({name: nn.Linear(2 * width, width) for name in lengths})
         self.readout = Readout(lengths, width, features_dim)
 
     def weights(self, means: Tokens, present: Tensor) -> Tensor:
         """The weights of the modalities, ``(B, number of modalities)``, from their means ``{name: (B, width)}``
         and which are present, ``(B, number of modalities)`` bool."""
-        scores = torch.cat([self.score[name](means[name]) for name in self.lengths], -1)
+        scores = torch.tanh(torch.cat([self.score[name](means[name]) for name in self.lengths], -1))
         return torch.softmax(scores + never(present, scores.dtype), -1)
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
@@ -73,14 +80,14 @@ class WeightedSum(Fusion):
             self._record["weights"] = (weights * present).detach().float()
         # Scaled by their number, so that equal weights leave the size of a token as it was.
         weights = (weights * present.sum(1, keepdim=True)).unsqueeze(1)
-        vectors = torch.stack([self.project[name](means[name]) for name in self.lengths], 1)
+        vectors = torch.stack([self.there[name](means[name]) for name in self.lengths], 1)
         vectors = vectors * weights.transpose(1, 2)
         total = vectors.sum(1)
         mixed = {}
         for i, name in enumerate(self.lengths):
-            here = self.project[name](tokens[name]) * weights[:, :, i : i + 1]
+            here = self.here[name](tokens[name]) * weights[:, :, i : i + 1]
             added = here + (total - vectors[:, i]).unsqueeze(1)
-            mixed[name] = tokens[name] + self.mix(torch.relu(added))
+            mixed[name] = tokens[name] + self.mix[name](torch.relu(added))
         return self.readout(mixed, masks)
 
 

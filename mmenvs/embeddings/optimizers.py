@@ -27,8 +27,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
     Weights of linear layers and convolutions, the latter as matrices with a row for each output, take a
-    step along the orthogonalised momentum; everything else (biases, norms, embeddings, ``heads``) takes
-    Adam's (Kingma and Ba 2015). ``torch.optim.Muon`` does the same but refuses convolutions.
+    step along the orthogonalised momentum; everything else (biases, norms, embeddings, ``heads``, layers with one
+    output, whose step would be as large however small the gradient) takes Adam's (Kingma and Ba 2015). ``torch.optim.Muon`` does the same but refuses convolutions.
 
     Args:
         module: whose parameters are trained; frozen ones are left out.
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         hidden = {
             id(part.weight)
             for part in module.modules()
-            if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and len(part.weight) > 1
         }
         slow = set() if pretrained is None else {id(parameter) for parameter in pretrained.parameters()}
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in slow]
