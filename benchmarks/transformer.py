@@ -99,13 +99,12 @@ def make_prompts(rows: int, group: int = 1) -> Tensor:
 
 def play_cached(policy: TransformerPolicy, prompts: Tensor) -> Tensor:
     """The most likely answers ``(B, ANSWER, 1)``, a cached step at a time."""
-    cache = policy.cache(len(prompts), ANSWER)
+    cache = policy.cache(len(prompts), ANSWER, rollout=True)
     words = [torch.zeros((len(prompts), 1), dtype=torch.int64)]
-    with policy.casting_once():
-        for step in range(ANSWER):
-            starts = torch.full((len(prompts),), step == 0)
-            described, _ = policy.step(cache, {"prompt": prompts}, words[-1], starts)
-            words.append(policy.actor.sample(described, None))
+    for step in range(ANSWER):
+        starts = torch.full((len(prompts),), step == 0)
+        described, _ = policy.step(cache, {"prompt": prompts}, words[-1], starts)
+        words.append(policy.actor.sample(described, None))
     return torch.stack(words[1:], 1)
 
 

@@ -222,6 +222,7 @@ def test_command_line_errors(arguments, message, tmp_path):
 def test_comparison_leaves_rows_with_all_criteria(compared):
     out, said = compared
     rows = trained(store.read(out))
+    usual = sb3.settings_of(sb3.make_agent("ppo", VQA, num_envs=2, device="cpu")).precision
     assert said.count("cnn+concat, ppo, seed") == 2 and "4/4" in said
     assert len(rows) == 4 and not any("error" in row for row in rows)
     for row in rows:
@@ -248,7 +249,7 @@ def test_comparison_leaves_rows_with_all_criteria(compared):
         assert set(row["structure"]["use"]["image"]) == {"score", "dropped", "shuffled", "swapped"}
         made = row["provenance"]
         assert made["versions"]["torch"] and made["device"].startswith("cpu")
-        assert made["device"].endswith(f", {sb3.default_precision('cpu')})")
+        assert made["device"].endswith(f", recipes in {usual})")
     assert rows[0]["plan"] == {"fusion": "concat", "encoders": {"image": "cnn", "question": "bow"}}
     assert "within 20 MB: " in said
 

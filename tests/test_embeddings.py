@@ -1,5 +1,7 @@
 """Encoders, fusions and the extractor: shapes, gradients, padding, errors."""
 
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -181,11 +183,14 @@ def test_weights_of_the_weighted_sum_sum_to_one():
     present = torch.ones(5, 2, dtype=torch.bool)
     weights = module.weights({"a": torch.randn(5, 32), "b": torch.randn(5, 32)}, present)
     torch.testing.assert_close(weights, torch.full((5, 2), 0.5))  # before anything is learned
-    for score in module.score.values():
-        torch.nn.init.normal_(score.weight, std=100.0)
-    weights = module.weights({"a": torch.randn(5, 32), "b": torch.randn(5, 32)}, present)
-    torch.testing.assert_close(weights.sum(1), torch.ones(5))
-    assert not torch.allclose(weights[0], weights[1]) and (weights > 0.119).all()  # 1 / (1 + e^2)
+    torch.nn.init.constant_(module.score["a"].bias, 100.0)  # bounded to 1
+    torch.nn.init.constant_(module.score["b"].weight, -0.5)
+    means = {"a": torch.randn(5, 32), "b": torch.full((5, 32), 1 / 32)}
+    higher = 1 / (1 + math.exp(math.tanh(-0.5) - 1))
+    expected = torch.tensor([higher, 1 - higher]).expand(5, 2)
+    torch.testing.assert_close(module.weights(means, present), expected)
+    present[0, 0] = False
+    torch.testing.assert_close(module.weights(means, present)[0], torch.tensor([0.0, 1.0]))
 
 
 def test_half_precision_is_close_to_single():

@@ -7,7 +7,7 @@ import torch
 from mmenvs_agents.sb3 import make_agent
 from torch import nn
 
-from mmenvs.embeddings.optimizers import Muon, orthogonalised
+from mmenvs.embeddings.optimizers import Muon, load_state_tensors, orthogonalised, state_tensors
 
 
 def network() -> nn.Sequential:
@@ -77,6 +77,17 @@ def test_the_loss_falls_and_a_saved_state_goes_on_the_same() -> None:
         steps.step()
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_state_of_other_parameters_is_refused() -> None:
+    net = network()
+    optimizer = Muon(net)
+    loss(net).backward()
+    optimizer.step()
+    tensors = state_tensors(optimizer)
+    load_state_tensors(Muon(network()), tensors)
+    with pytest.raises(ValueError, match="state 0 is of another parameter"):
+        load_state_tensors(Muon(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), tensors)
 
 
 def test_frozen_parameters_are_left_out() -> None:

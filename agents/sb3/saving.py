@@ -148,7 +148,8 @@ def load(
         agent.policy.optimizer.load_state_dict(state)
     except Exception as error:
         raise ValueError(
-            f"{problem}the weights in weights_{steps}.safetensors don't fit the agent of settings.json"
+            f"{problem}the weights in weights_{steps}.safetensors don't fit the agent of settings.json; if another version "
+            "of mmenvs saved it, it has to be trained again"
         ) from error
     agent.num_timesteps = steps
     agent.progress = progress  # type: ignore[attr-defined]

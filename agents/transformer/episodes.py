@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmenvs.embeddings.base import Tokens
 
@@ -59,19 +60,48 @@ class Episodes:
         )
 
 
+class Halved:
+    """A copy of modules whose linear layers hold half-precision weights, for many calls under autocast.
+
+    Autocast would cast them in each call, to the same numbers. The copy is made anew after the weights have changed,
+    unless they were changed through ``.data``, which PyTorch doesn't count.
+    """
+
+    def __init__(self) -> None:
+        self.copies, self.version = nn.ModuleList(), -1
+
+    def of(self, modules: nn.ModuleList) -> nn.ModuleList:
+        version = sum(weight._version for weight in modules.parameters())
+        if version != self.version:
+            self.copies, self.version = copy.deepcopy(modules), version
+            for module in self.copies.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+        return self.copies
+
+
 class Cache:
     """Keys and values of running episodes, one a row; made by :meth:`TransformerPolicy.cache`.
 
     Attributes:
+        halved: the blocks that the steps go through, or None for the policy's own.
         keys, values: ``(layers, rows, slots, kv_heads, size of a head)``. Slots are the prefix, then the steps.
         valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
         position: ``(rows,)`` int64, the rotary position of the next token.
         length: ``(rows,)`` int64 on the CPU, steps taken.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, valid: Tensor, position: Tensor, length: Tensor) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor,
+        position: Tensor,
+        length: Tensor,
+        halved: Halved | None = None,
+    ) -> None:
         self.keys, self.values, self.valid = keys, values, valid
-        self.position, self.length = position, length
+        self.position, self.length, self.halved = position, length, halved
 
     @property
     def rows(self) -> int:
@@ -81,7 +111,7 @@ class Cache:
         """A copy of ``rows``, ``(b,)`` int64, each as often as it is named: a group of answers to one prompt."""
         at = rows.to(self.keys.device)
         copied = self.keys[:, at], self.values[:, at], self.valid[at], self.position[at]
-        return Cache(*copied, self.length[rows.cpu()])
+        return Cache(*copied, self.length[rows.cpu()], self.halved)
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` a row; doubling keeps it rare."""

@@ -23,7 +23,6 @@ Three calls, and all that an algorithm needs::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -38,7 +37,7 @@ from mmenvs.embeddings.extractor import Extractor, Precision
 from mmenvs.embeddings.pretrained import Pretrained
 
 from .actions import action_head
-from .episodes import NEVER, Cache, Episodes, Memory
+from .episodes import NEVER, Cache, Episodes, Halved, Memory
 
 
 @dataclass(frozen=True)
@@ -303,14 +302,11 @@ class TransformerPolicy(nn.Module):
         """``torch.compile`` the trunk for whole episodes, that is for updates; steps, which are many and small, stay eager."""
         self._whole = torch.compile(TransformerPolicy._trunk, dynamic=True)
 
-    def casting_once(self) -> AbstractContextManager[Any]:
-        """Around the steps of a rollout: weights are cast to half precision once in it, not once a step. They mustn't
-        change meanwhile."""
-        # It enables nothing: PyTorch keeps casts until the outermost region ends, and those of the steps lie in this one.
-        return torch.autocast(self.device.type, enabled=False)
+    def cache(self, rows: int, steps: int = 1, rollout: bool = False) -> Cache:
+        """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them.
 
-    def cache(self, rows: int, steps: int = 1) -> Cache:
-        """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them."""
+        ``rollout`` casts the blocks' weights to half precision once, not once a step, where ``precision`` asks for it.
+        """
         config = self.config
         slots = self.prefix_tokens + steps * self.step_tokens
         kept = (config.layers, config.kv_heads, config.width // config.heads)
@@ -320,7 +316,9 @@ class TransformerPolicy(nn.Module):
         keys = torch.zeros(shape, dtype=torch.bfloat16 if half else torch.float32, device=self.device)
         valid = torch.zeros((rows, slots), dtype=torch.bool, device=self.device)
         position = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        return Cache(keys, torch.zeros_like(keys), valid, position, torch.zeros(rows, dtype=torch.int64))
+        length = torch.zeros(rows, dtype=torch.int64)
+        cast = rollout and self.precision == "bfloat16" and self.backbone is None
+        return Cache(keys, torch.zeros_like(keys), valid, position, length, Halved() if cast else None)
 
     @torch.no_grad()
     def step(
@@ -397,8 +395,10 @@ class TransformerPolicy(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if self.backbone is not None:
                 return self.backbone(x, positions, bias, read, memory).float()
-            for layer, block in enumerate(self.blocks):
-                last = layer == len(self.blocks) - 1
+            halved = None if memory is None else memory.cache.halved
+            blocks = self.blocks if halved is None else halved.of(self.blocks)
+            for layer, block in enumerate(blocks):
+                last = layer == len(blocks) - 1
                 asked = read if last else slice(None)
                 x = block(x, angles, bias[:, :, asked], asked, layer, memory)
             return self.norm(x.float())

@@ -94,7 +94,7 @@ def collect(
     n, device = envs.num_envs, policy.device
     names = (*policy.fixed, *policy.changing)
     observation, infos = envs.reset(seed=seed)  # type: ignore[arg-type]
-    cache = policy.cache(n // group, steps)
+    cache = policy.cache(n // group, steps, rollout=True)
     repeated = torch.arange(n // group).repeat_interleave(group)
     guide = _oracle(envs) if oracle else None
     previous = torch.zeros((n, policy.actor.size), dtype=policy.actor.dtype)
@@ -112,77 +112,76 @@ def collect(
     successes: list[bool | None] = []
     scores: list[dict[str, float]] = []
     time = 0
-    with policy.casting_once():
-        while active.any():
-            new = np.flatnonzero(starts & active)
-            current[new] = np.arange(len(rows), len(rows) + len(new))
-            age[new] = 0
-            for name, parts in fixed.items():
-                parts.append(observation[name][new])
-            rows += new.tolist()
-            begins += [time] * len(new)
-            lengths += [0] * len(new)
-            bootstrap += [0.0] * len(new)
-            successes += [None] * len(new)
-            scores += [{} for _ in new]
+    while active.any():
+        new = np.flatnonzero(starts & active)
+        current[new] = np.arange(len(rows), len(rows) + len(new))
+        age[new] = 0
+        for name, parts in fixed.items():
+            parts.append(observation[name][new])
+        rows += new.tolist()
+        begins += [time] * len(new)
+        lengths += [0] * len(new)
+        bootstrap += [0.0] * len(new)
+        successes += [None] * len(new)
+        scores += [{} for _ in new]
 
-            masks = _masks(infos, policy, n)
-            if guide is not None:
-                raw = policy.actor.from_env(guide())
-                log_probs = values = torch.zeros(n)
-            else:
-                # At first the rows of a group hold the same.
-                shared = group if time == 0 else 1
-                some = {name: observation[name][::shared] for name in names}
-                described, values = policy.step(
-                    cache,
-                    as_tensors(some, names, device),
-                    previous[::shared].to(device),
-                    torch.as_tensor(starts[::shared]),
-                    None if masks is None else masks[::shared].to(device),
-                )
-                if shared > 1:
-                    at = repeated.to(device)
-                    cache, described, values = cache.take(repeated), described[at], values[at]
-                raw = policy.actor.sample(described.cpu(), generator)
-                log_probs = policy.actor.log_prob(described, raw.to(device))
-            for name, kept in changing.items():
-                kept.append(observation[name])
-            observation, rewards, terminated, truncated, infos = envs.step(policy.actor.to_env(raw))
-            gains = torch.as_tensor(np.asarray(rewards, np.float32))
-            now = {"actions": raw, "log_probs": log_probs.cpu(), "values": values.cpu(), "rewards": gains}
-            for name, value in now.items():
-                record[name].append(value)
-            if masks is not None:
-                record["masks"].append(masks)
+        masks = _masks(infos, policy, n)
+        if guide is not None:
+            raw = policy.actor.from_env(guide())
+            log_probs = values = torch.zeros(n)
+        else:
+            # At first the rows of a group hold the same.
+            shared = group if time == 0 else 1
+            some = {name: observation[name][::shared] for name in names}
+            described, values = policy.step(
+                cache,
+                as_tensors(some, names, device),
+                previous[::shared].to(device),
+                torch.as_tensor(starts[::shared]),
+                None if masks is None else masks[::shared].to(device),
+            )
+            if shared > 1:
+                at = repeated.to(device)
+                cache, described, values = cache.take(repeated), described[at], values[at]
+            raw = policy.actor.sample(described.cpu(), generator)
+            log_probs = policy.actor.log_prob(described, raw.to(device))
+        for name, kept in changing.items():
+            kept.append(observation[name])
+        observation, rewards, terminated, truncated, infos = envs.step(policy.actor.to_env(raw))
+        gains = torch.as_tensor(np.asarray(rewards, np.float32))
+        now = {"actions": raw, "log_probs": log_probs.cpu(), "values": values.cpu(), "rewards": gains}
+        for name, value in now.items():
+            record[name].append(value)
+        if masks is not None:
+            record["masks"].append(masks)
 
-            ended = terminated | truncated
-            taken += active
-            age += 1
-            if age[active].max() > LONGEST:
-                raise ValueError(
-                    f"an episode has no end after {LONGEST} steps; max_episode_steps can give it one"
-                )
-            cut = np.flatnonzero(active & truncated & ~terminated)
-            if cut.size and guide is None:
-                final = {name: np.stack([infos["final_obs"][row][name] for row in cut]) for name in names}
-                at, going_on = torch.as_tensor(cut), torch.zeros(len(cut), dtype=torch.bool)
-                last = as_tensors(final, names, device)
-                after = policy.step(cache.take(at), last, raw[at].to(device), going_on)[1]
-                for row, value in zip(cut, after.tolist(), strict=True):
-                    bootstrap[current[row]] = value
-            last_info: dict[str, Any] = infos.get("final_info", {})
-            told = last_info.get("is_success")
-            reported = {k: v for k, v in last_info.items() if getattr(v, "dtype", np.dtype(int)).kind == "f"}
-            for row in np.flatnonzero(active & ended):
-                lengths[current[row]] = int(age[row])
-                successes[current[row]] = None if told is None else bool(told[row])
-                scores[current[row]] = {name: float(value[row]) for name, value in reported.items()}
-            if on_step is not None:
-                on_step(int(active.sum()))
-            active &= ~(ended & (taken >= steps))
-            previous, starts = raw, ended
-            time += 1
+        ended = terminated | truncated
+        taken += active
+        age += 1
+        if age[active].max() > LONGEST:
+            raise ValueError(
+                f"an episode has no end after {LONGEST} steps; max_episode_steps can give it one"
+            )
+        cut = np.flatnonzero(active & truncated & ~terminated)
+        if cut.size and guide is None:
+            final = {name: np.stack([infos["final_obs"][row][name] for row in cut]) for name in names}
+            at, going_on = torch.as_tensor(cut), torch.zeros(len(cut), dtype=torch.bool)
+            last = as_tensors(final, names, device)
+            after = policy.step(cache.take(at), last, raw[at].to(device), going_on)[1]
+            for row, value in zip(cut, after.tolist(), strict=True):
+                bootstrap[current[row]] = value
+        last_info: dict[str, Any] = infos.get("final_info", {})
+        told = last_info.get("is_success")
+        reported = {k: v for k, v in last_info.items() if getattr(v, "dtype", np.dtype(int)).kind == "f"}
+        for row in np.flatnonzero(active & ended):
+            lengths[current[row]] = int(age[row])
+            successes[current[row]] = None if told is None else bool(told[row])
+            scores[current[row]] = {name: float(value[row]) for name, value in reported.items()}
+        if on_step is not None:
+            on_step(int(active.sum()))
+        active &= ~(ended & (taken >= steps))
+        previous, starts = raw, ended
+        time += 1
 
     longest, length = max(lengths), torch.tensor(lengths)
     # Where each step of each episode stands in the record; padding is what comes after, of whatever episode.

@@ -316,7 +316,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Versions and device of this machine, and the precision that recipes take on it."""
+    """Versions and device of this machine, and the precision that recipes take on it if none is asked for."""
     versions = {}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -325,7 +325,7 @@ def machine(device: str) -> dict[str, Any]:
     precision = importlib.import_module("mmenvs_agents.sb3").default_precision(torch.device(device).type)
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "device": f"{device} ({name}, {os.cpu_count()} cores, {precision})",
+        "device": f"{device} ({name}, {os.cpu_count()} cores, recipes in {precision})",
     }
 
 

@@ -27,8 +27,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
     Weights of linear layers and convolutions, the latter as matrices with a row for each output, take a
-    step along the orthogonalised momentum; everything else (biases, norms, embeddings, ``heads``, layers with one
-    output, whose step would be as large however small the gradient) takes Adam's (Kingma and Ba 2015). ``torch.optim.Muon`` does the same but refuses convolutions.
+    step along the orthogonalised momentum; everything else (biases, norms, embeddings, ``heads``, and layers
+    with one output, which noise would move as far as a gradient) takes Adam's (Kingma and Ba 2015).
+    ``torch.optim.Muon`` does the same but refuses convolutions.
 
     Args:
         module: whose parameters are trained; frozen ones are left out.
@@ -113,12 +114,21 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimiser the state that :func:`state_tensors` took; other tensors are passed over."""
+    """Give an optimiser the state that :func:`state_tensors` took; other tensors are passed over.
+
+    Raises:
+        ValueError: if it is of other parameters.
+    """
     document = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith("state."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = int(value) if name == "steps" else value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, found in state.items():
+        shapes = {tuple(value.shape) for value in found.values() if isinstance(value, Tensor)}
+        if index >= len(parameters) or shapes - {tuple(parameters[index].shape)}:
+            raise ValueError(f"the optimiser's state {index} is of another parameter: {sorted(shapes)}")
     document["state"] = state
     optimizer.load_state_dict(document)
