@@ -126,9 +126,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = int(value) if name == "steps" else value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, found in state.items():
+    for number, found in state.items():
         shapes = {tuple(value.shape) for value in found.values() if isinstance(value, Tensor)}
-        if index >= len(parameters) or shapes - {tuple(parameters[index].shape)}:
-            raise ValueError(f"the optimiser's state {index} is of another parameter: {sorted(shapes)}")
+        if number >= len(parameters) or shapes - {tuple(parameters[number].shape)}:
+            raise ValueError(f"the optimiser's state {number} is of another parameter: {sorted(shapes)}")
     document["state"] = state
     optimizer.load_state_dict(document)
