@@ -123,7 +123,7 @@ def show(
     episodes: Annotated[int, typer.Option(min=1, max=1000, help="How many episodes.")] = 8,
     agent: Annotated[str, typer.Option(help="oracle, random or the folder of a trained agent.")] = "oracle",
     split: Split = "test",
-    difficulty: Annotated[str, typer.Option(help="0 to 3.")] = "0",
+    difficulty: Annotated[str | None, typer.Option(help="0 to 3; default is the agent's, or 0.")] = None,
     source: Source = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -132,18 +132,22 @@ def show(
     with user_errors():
         media.check_path(out)
         task_class(id)
-        env_kwargs: dict[str, Any] = {"split": split, "difficulty": parse_difficulty(difficulty)}
+        env_kwargs: dict[str, Any] = {"split": split}
+        if difficulty is not None:
+            env_kwargs["difficulty"] = parse_difficulty(difficulty)
         if source is not None:
             env_kwargs["source"] = open_source(source, id)
-        env = gym.make(id, render_mode="rgb_array", **env_kwargs)
         player: Any = agent
         if agent not in ("oracle", "random"):
-            player, _ = load_agent(Path(agent), device, source)
+            player, trained = load_agent(Path(agent), device, source)
             if player.settings.id != id:
                 raise ValueError(f"the agent in {agent!r} was trained on {player.settings.id}, not on {id}")
+            env_kwargs = {**trained, **env_kwargs}
+            check_difficulty(id, trained, env_kwargs)
             from mmenvs.embeddings.watch import Watched
 
             player = Watched(player)
+        env = gym.make(id, render_mode="rgb_array", **env_kwargs)
     ends_only = out.suffix.lower() == ".png"
     frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
     env.close()
@@ -168,9 +172,11 @@ def evaluate(
     with user_errors():
         one_of("split", split, SPLITS)
         load = load_vlm if (folder / "vlm.json").is_file() else load_agent
-        model, kwargs = load(folder, device, source)
+        model, trained = load(folder, device, source)
+        kwargs = dict(trained)
         if difficulty is not None:
             kwargs["difficulty"] = parse_difficulty(difficulty)
+            check_difficulty(model.settings.id, trained, kwargs)
     evaluation = agents("evaluation")
     with user_errors():
         results = {
@@ -243,6 +249,7 @@ def load_agent(
         compile: of a transformer.
     """
     sb3 = agents("sb3")
+    sb3.resolve_device(device)
     try:
         document = json.loads((folder / "settings.json").read_text())
         settings, kind = document["settings"], document.get("agent")
@@ -261,6 +268,16 @@ def load_agent(
         model = sb3.load(folder, device, reader)
     model.settings = replace(model.settings, env_kwargs=saved)
     return model, {**saved, **reader}
+
+
+def check_difficulty(id: str, trained: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """That an agent which was trained with some arguments of the environment can look at it with others."""
+    one, other = (gym.make(id, **kwargs).observation_space for kwargs in (trained, asked))
+    if one != other:
+        raise ValueError(
+            f"difficulty of the agent's environment is {trained.get('difficulty', 0)}: the observations of "
+            f"{asked['difficulty']} have other shapes"
+        )
 
 
 def load_vlm(folder: Path, device: str, source: str | None) -> tuple[Any, dict[str, Any]]:

@@ -83,7 +83,7 @@ def pretrain(
         try:
             pretraining.pretrain(settings, out, device=name, resume=resume, report=report)
         except KeyboardInterrupt:
-            typer.echo("stopped early; --resume goes on")
+            typer.echo(f"stopped early; 'mmenvs pretrain --out {out} --resume' goes on")
             raise typer.Exit(130) from None
     typer.echo(f"saved: {out}; wherever 'shapes' stands, 'joint:{out}' may")
 

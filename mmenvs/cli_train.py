@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from mmenvs.cli import (
     parse_steps,
     user_errors,
 )
-from mmenvs.files import out_folder
+from mmenvs.files import locked, out_folder
 from mmenvs.registry import task_class
 
 
@@ -385,7 +386,9 @@ def finish(
     stopped: str = "'mmenvs train --resume' goes on",
 ) -> None:
     """Train an agent, and say what is in its folder then."""
-    with user_errors():
+    # Of processes that learn together the first one writes.
+    alone = not is_transformer(model) or model.devices.main
+    with user_errors(), locked(out, "training") if alone else nullcontext():
         if is_transformer(model):
             finished = agents("transformer.agent").train(model, total, out, alarm=alarm)
         else:

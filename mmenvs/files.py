@@ -45,3 +45,24 @@ def out_folder(path: str | os.PathLike[str]) -> Path:
     if not os.access(path, os.W_OK):
         raise ValueError(f"out={str(path)!r} can't be written to; choose another folder with --out")
     return path
+
+
+@contextmanager
+def locked(folder: Path, what: str = "comparison") -> Iterator[None]:
+    """Keep other processes that write results out of ``folder``; the lock ends with the process, however it ends.
+
+    Args:
+        folder: must exist.
+        what: is kept out, for the message.
+
+    Raises:
+        ValueError: if one is running there.
+    """
+    import fcntl
+
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another {what} is writing to out={str(folder)!r}") from None
+        yield

@@ -194,7 +194,7 @@ def test_a_plan_comes_back(tmp_path):
         ({"embeddings": ("cnn+best",)}, ValueError, "the fusion in 'cnn\\+best' must be one of"),
         ({"seeds": 0}, ValueError, "seeds must be from 1"),
         ({"episodes": 7}, ValueError, "episodes must be from 8"),
-        ({"agents": ("policy:json",)}, ValueError, "policy must be 'module:Class'"),
+        ({"agents": ("policy:json",)}, ValueError, "policy must be 'module:Class' or 'hf:MODEL'"),
         ({"agents": ("policy:json:nothing",)}, ImportError, "module 'json' has no 'nothing'"),
         ({"agents": ("policy:json:JSONDecoder",)}, TypeError, "json:JSONDecoder has no method predict"),
         ({"agents": ("policy:no_such_module:A",)}, ImportError, "no_such_module"),
@@ -247,6 +247,14 @@ def test_rows_are_never_doubled_nor_rewritten(tmp_path):
         for statement in ("DELETE FROM rows", "UPDATE rows SET score = 1"):
             with pytest.raises(sqlite3.IntegrityError, match="never rewritten"):
                 opened.database.execute(statement)
+
+
+def test_a_report_of_failures_alone_says_why_they_failed(tmp_path):
+    error = {"run": rows_of()[0]["run"], "step": 0, "final": True, "error": "E: x", "provenance": ORIGIN}
+    with Store(tmp_path, write=True) as opened:
+        opened.append([error])
+    with pytest.raises(ValueError, match="holds no finished run of the suite; one that failed: E: x"):
+        results.write(tmp_path, tmp_path / "report")
 
 
 def test_errors_may_repeat_and_end_with_success(tmp_path):

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mmenvs_agents import sb3
 from PIL import Image
 from typer.testing import CliRunner
 
 import mmenvs
 from mmenvs.cli import app, parse_steps
+from mmenvs.files import locked, out_folder
 
 VQA = "MMRL/VQA-v0"
+CAPTIONING = "MMRL/Captioning-v0"
 MATCHING = "MMRL/AudioVisualMatching-v0"
 
 
@@ -109,6 +112,32 @@ def test_show_a_trained_agent(trained, tmp_path):
         "show", VQA, "--episodes", 2, "--agent", trained, "--device", "cpu", "--out", tmp_path / "a.png"
     )
     assert "2 episodes" in said
+
+
+def test_show_plays_what_the_agent_was_trained_on(trained, tmp_path):
+    pictures = []
+    for options in ((), ("--difficulty", 1), ("--difficulty", 0)):
+        out = tmp_path / "a.png"
+        run("show", VQA, "--episodes", 2, "--agent", trained, "--device", "cpu", "--out", out, *options)
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_a_difficulty_of_other_shapes_is_refused(tmp_path):
+    out = tmp_path / "agent"
+    sb3.save(sb3.make_agent("ppo", CAPTIONING, num_envs=2, device="cpu", env_kwargs={"difficulty": 1}), out)
+    for command in (("evaluate", out), ("show", CAPTIONING, "--agent", out, "--out", tmp_path / "a.png")):
+        said = run(*command, "--difficulty", 0, "--device", "cpu", code=2)
+        assert "difficulty of the agent's environment is 1: the observations of 0 have other shapes" in said
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    with locked(out_folder(tmp_path / "a")):
+        said = run(
+            "train", VQA, "--steps", 10, "--num-envs", 2, "--device", "cpu", "--out", tmp_path / "a", code=2
+        )
+    assert "error: another training is writing to out=" in said
+    assert not (tmp_path / "a" / "settings.json").exists()
 
 
 def test_train_leaves_agent_and_logs(trained):
@@ -248,13 +277,14 @@ def test_user_errors_are_one_line(tmp_path, arguments, message):
     assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
 
 
-def test_cuda_on_a_machine_without_one(tmp_path):
+def test_cuda_on_a_machine_without_one(trained, tmp_path):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    said = run("train", VQA, "--device", "cuda", "--out", tmp_path / "a", code=2)
-    assert "device='cuda' was asked for, but torch finds no CUDA device" in said
+    for command in (("train", VQA, "--out", tmp_path / "a"), ("evaluate", trained)):
+        said = run(*command, "--device", "cuda", code=2)
+        assert said.startswith("error: device='cuda' was asked for, but torch finds no CUDA device")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from mmenvs.benchmark.summary import summarise
 from mmenvs.cli import app
 from mmenvs.embeddings import recommend
 from mmenvs.embeddings.joint import load_shapes
+from mmenvs.files import locked
 from tests import tiny_models
 
 VQA, MATCHING, CAPTIONING = "MMRL/VQA-v0", "MMRL/AudioVisualMatching-v0", "MMRL/Captioning-v0"
@@ -382,9 +383,9 @@ def test_all_runs_failed(tmp_path, monkeypatch):
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
-    with store.locked(tmp_path), pytest.raises(ValueError, match="another comparison is writing"):
+    with locked(tmp_path), pytest.raises(ValueError, match="another comparison is writing"):
         compare(GRID, tmp_path, device="cpu", say=str)
-    with store.locked(tmp_path):
+    with locked(tmp_path):
         pass
 
 

@@ -1,5 +1,6 @@
 """The joint embedding, its losses, its pretraining, and the weights that ship."""
 
+import signal
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,7 +13,14 @@ from typer.testing import CliRunner
 from mmenvs.cli import app
 from mmenvs.embeddings import Extractor, joint, load_embedding, pretraining
 from mmenvs.embeddings.joint import JointEmbedding, load_joint, save_joint
-from mmenvs.embeddings.pretraining import Pretraining, PretrainSettings, infonce, pretrain, sigmoid_loss
+from mmenvs.embeddings.pretraining import (
+    Pretraining,
+    PretrainSettings,
+    infonce,
+    pretrain,
+    read_settings,
+    sigmoid_loss,
+)
 from mmenvs.world.pairs import PairedScenes
 from mmenvs.world.words import VOCABULARY
 
@@ -167,6 +175,24 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path) -> None:
     name = f"joint:{tmp_path / 'run'}"
     assert load_embedding(name, space).features_dim == 256
     assert Extractor(space, {"image": name}).features_dim == 256
+
+
+def test_interrupted_it_ends_the_update_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Pretraining.step
+
+    def interrupted(run: Pretraining) -> dict[str, float]:
+        if run.done == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(run)
+
+    monkeypatch.setattr(Pretraining, "step", interrupted)
+    command = ["pretrain", "--out", str(tmp_path), "--batch", "8", "--steps", "4", "--device", "cpu"]
+    stopped = CliRunner().invoke(app, [*command, "--difficulties", "0"])
+    assert stopped.exit_code == 130 and "--resume' goes on" in stopped.output
+    assert read_settings(tmp_path)[1] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
+    assert read_settings(tmp_path)[1] == 4
 
 
 @pytest.mark.parametrize("kept", [0, 50, 0.5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
+from mmenvs.interrupts import asked_to_stop
 from mmenvs.registry import task_class
 
 from ..curriculum import Curriculum, Progress, check_curriculum
@@ -499,18 +499,8 @@ def train(
     Returns:
         False if Ctrl-C ended it early, else True.
     """
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one ends at once
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        agent.learn(total_steps, lambda agent: not asked, progress, out=out, alarm=alarm)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with asked_to_stop() as asked:
+        agent.learn(total_steps, lambda agent: not asked(), progress, out=out, alarm=alarm)
     return agent.num_timesteps >= total_steps
 
 

@@ -12,6 +12,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..sb3 import progress_line
+from .algorithms import SUPERVISED
 from .rollout import Rollout
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ class Hooks:
             agent.logger.record(name, float(value))
         agent.logger.dump(agent.num_timesteps)
         if self.bar is not None:
-            success = f"success {np.mean(self.successes):.3f}" if self.successes else ""
+            whose = "the oracle's success" if agent.settings.method == SUPERVISED else "success"
+            success = f"{whose} {np.mean(self.successes):.3f}" if self.successes else ""
             self.bar.update(
                 self.line, completed=agent.num_timesteps, success=success, speed=f"{speed:,.0f} steps/s"
             )

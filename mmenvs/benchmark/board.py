@@ -190,7 +190,8 @@ def read(store: Store, suite: str | None = None) -> Board:
         everything.setdefault(last, []).append((n, name, embedding, sys.intern(task_name(run)), score))
     suite = last if suite is None else suite
     if suite not in everything:
-        raise ValueError(f"{str(store.path)!r} holds no finished run of the suite")
+        failed = next((f"; one that failed: {row['error']}" for row in store.failures()), "")
+        raise ValueError(f"{str(store.path)!r} holds no finished run of the suite{failed}")
     found = everything[suite]
     several = len({embedding for _, _, embedding, _, _ in found} - {""}) > 1
     scores: dict[str, dict[str, list[float]]] = {}

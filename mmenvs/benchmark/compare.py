@@ -28,6 +28,7 @@ from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings import ENCODERS, FUSIONS
 from mmenvs.embeddings.extractor import HUGGING_FACE, encoders_fitting
 from mmenvs.embeddings.joint import PREFIX
+from mmenvs.files import locked
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
 
@@ -222,7 +223,7 @@ def compare(
         raise ValueError(f"out must be a folder, {str(out)!r} is a file")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
-    with store.locked(out), single_thread():
+    with locked(out), single_thread():
         torn = store.drop_torn(path)
         if torn:
             say(f"the last row was cut off while it was written ({torn} bytes): its run is done again")

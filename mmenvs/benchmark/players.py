@@ -146,7 +146,7 @@ def policy_class(name: str) -> Any:
     """
     module, _, attribute = name.removeprefix(POLICY).partition(":")
     if not module or not attribute:
-        raise ValueError(f"policy must be 'module:Class', got {name.removeprefix(POLICY)!r}")
+        raise ValueError(f"policy must be 'module:Class' or 'hf:MODEL', got {name.removeprefix(POLICY)!r}")
     # The folder one works in is where one's own modules are.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

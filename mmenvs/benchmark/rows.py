@@ -6,8 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,27 +137,6 @@ def _check_scores(row: Row) -> None:
             raise ValueError(f"scores must hold return, success and length of the {split} split")
     if not finite_numbers(row["bounds"], 2) or row["bounds"][0] >= row["bounds"][1]:
         raise ValueError("bounds must be two numbers, the lower one first")
-
-
-@contextmanager
-def locked(folder: Path, what: str = "comparison") -> Iterator[None]:
-    """Keep other runners out of ``folder``; the lock ends with the process, however it ends.
-
-    Args:
-        folder: must exist.
-        what: is kept out, for the message.
-
-    Raises:
-        ValueError: if one is running there.
-    """
-    import fcntl
-
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another {what} is writing to out={str(folder)!r}") from None
-        yield
 
 
 def finite_numbers(values: Any, length: int | None = None) -> bool:

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 
 from mmenvs.benchmark import players, pool
 from mmenvs.benchmark.plan import NAME, Plan
-from mmenvs.benchmark.rows import locked
 from mmenvs.benchmark.store import MAIN, Store
 from mmenvs.benchmark.summary import count, run_key
 from mmenvs.checks import integer_in, one_of
-from mmenvs.files import out_folder
+from mmenvs.files import locked, out_folder
 
 
 class Watcher(Protocol):

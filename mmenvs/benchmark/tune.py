@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mmenvs.benchmark.rows import locked
 from mmenvs.checks import integer_in
 from mmenvs.embeddings.fusion import FUSIONS
-from mmenvs.files import out_folder, replacing
+from mmenvs.files import locked, out_folder, replacing
 from mmenvs.registry import task_class
 
 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mmenvs.embeddings.fusion import Concat
 from mmenvs.embeddings.joint import FILE, JointConfig, JointEmbedding, save_joint
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
 from mmenvs.files import replacing
+from mmenvs.interrupts import asked_to_stop
 from mmenvs.world import questions
 from mmenvs.world.pairs import PairedScenes
 from mmenvs.world.words import VOCABULARY
@@ -327,7 +329,7 @@ def pretrain(
     save_steps: int = 500,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> JointEmbedding:
-    """Run a pretraining and keep it in ``out``; Ctrl-C saves and ends it.
+    """Run a pretraining and keep it in ``out``; Ctrl-C ends it after the update in hand, and it is saved.
 
     Args:
         settings: what to run.
@@ -336,6 +338,9 @@ def pretrain(
         resume: go on with the run in ``out``.
         save_steps: updates between two saves.
         report: called with the step and the means of the logged values since the last call.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended it.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -351,12 +356,9 @@ def pretrain(
     logs: list[dict[str, float]] = []
     begin = time.perf_counter()
     first = run.done
-    whole = True
-    try:
-        while run.done < settings.steps:
-            whole = False
+    with asked_to_stop() as asked, closing(writer):
+        while run.done < settings.steps and not asked():
             logs.append(run.step())
-            whole = True
             if run.done % 50 == 0 or run.done == settings.steps:
                 means = {k: float(np.mean([log[k] for log in logs])) for k in logs[0]}
                 means["scenes_per_second"] = (
@@ -369,9 +371,7 @@ def pretrain(
                 logs = []
             if run.done % save_steps == 0:
                 run.save(out)
-    finally:
-        # Within an update there is nothing fit to be saved; the last save stands.
-        if whole:
-            run.save(out)
-        writer.close()
+        run.save(out)
+        if run.done < settings.steps:
+            raise KeyboardInterrupt
     return run.model.eval().requires_grad_(False)
