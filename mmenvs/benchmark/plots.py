@@ -53,7 +53,9 @@ def curves(
     def draw(axes: Any) -> None:
         for name, (at, points) in lines.items():
             colour, dash, _ = look[name]
-            axes.plot(at, [p.value for p in points], color=colour, linestyle=dash, label=name)
+            # One point alone makes no line.
+            marker = "o" if len(points) == 1 else ""
+            axes.plot(at, [p.value for p in points], color=colour, linestyle=dash, marker=marker, label=name)
             low, high = [p.low for p in points], [p.high for p in points]
             axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
