@@ -178,7 +178,7 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path) -> None:
 
 
 def test_interrupted_it_ends_the_update_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Pretraining.step
+    step, before = Pretraining.step, signal.getsignal(signal.SIGINT)
 
     def interrupted(run: Pretraining) -> dict[str, float]:
         if run.done == 1:
@@ -190,7 +190,7 @@ def test_interrupted_it_ends_the_update_and_is_saved(tmp_path: Path, monkeypatch
     stopped = CliRunner().invoke(app, [*command, "--difficulties", "0"])
     assert stopped.exit_code == 130 and "--resume' goes on" in stopped.output
     assert read_settings(tmp_path)[1] == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
     assert read_settings(tmp_path)[1] == 4
 
