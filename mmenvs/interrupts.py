@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C in the block only makes the function given here say True; the second one ends at once.
 
-    For the main thread, which alone handles signals.
+    In another thread than the main one, which alone handles signals, it never does.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked = False
 
     def ask(number: int, frame: Any) -> None:

@@ -1,6 +1,7 @@
 """The joint embedding, its losses, its pretraining, and the weights that ship."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -193,6 +194,13 @@ def test_interrupted_it_ends_the_update_and_is_saved(tmp_path: Path, monkeypatch
     assert signal.getsignal(signal.SIGINT) is before
     assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
     assert read_settings(tmp_path)[1] == 4
+
+
+def test_it_runs_in_another_thread(tmp_path: Path) -> None:
+    settings = PretrainSettings(steps=1, batch=8, difficulties=(0,))
+    with ThreadPoolExecutor() as threads:
+        threads.submit(pretrain, settings, tmp_path).result()
+    assert read_settings(tmp_path)[1] == 1
 
 
 @pytest.mark.parametrize("kept", [0, 50, 0.5])
