@@ -49,8 +49,7 @@ class WeightedSum(Fusion):
 
     The weights come from the modalities themselves (Hori et al. 2017, "Attention-based multimodal fusion
     for video description"); the sum is taken at each token with the means of the other modalities. Scores are
-    bounded, so that no weight is more than 7.4 times another, and begin equal: with unbounded ones that begin at
-    random an agent learns VQA far slower (``docs/results.md``).
+    bounded, so that no weight is more than 7.4 times another, and begin equal.
     """
 
     def __init__(self, lengths: Mapping[str, int], width: int, features_dim: int) -> None:
