@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import transformers
 
+from mmenvs import files
 from mmenvs.embeddings.embedding import resolve_device
-from mmenvs.files import replacing
 
 from . import vlm_ppo
 from .transformer.learning import NonFiniteGradientError
@@ -155,9 +155,7 @@ def _ppo(
 
 def check_out(out: str | os.PathLike[str]) -> Path:
     """A folder that a fine-tuned model may be written into, else a ``ValueError``."""
-    path = Path(out)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+    path = files.check_out(out, "fine-tuned model")
     if (path / SETTINGS).exists():
         raise ValueError(f"out={str(out)!r} holds a fine-tuned model already: choose another folder")
     return path
@@ -298,9 +296,9 @@ def _save(
         processor.save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, out / file.name)
-    with replacing(out / "log.json") as file:
+    with files.replacing(out / "log.json") as file:
         file.write_text(json.dumps(log, indent=1))
-    with replacing(out / SETTINGS) as file:
+    with files.replacing(out / SETTINGS) as file:
         file.write_text(json.dumps({**document, "steps": steps}, indent=2))
 
 

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from mmenvs import media
 from mmenvs.benchmark.summary import count
 from mmenvs.checks import one_of
+from mmenvs.files import out_folder
 from mmenvs.registry import SPECS, task_class
 from mmenvs.world.scene import SPLITS
 
@@ -212,7 +213,7 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what it leaves.")] = Path("runs/demo"),
     steps: Annotated[str | None, typer.Option(help="Steps of training, such as 50k.")] = None,
-    short: Annotated[bool, typer.Option(help="Some seconds of training only, to see that it runs.")] = False,
+    short: Annotated[bool, typer.Option(help="4,096 steps of training only, to see that it runs.")] = False,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, actions and episodes.")] = 0,
 ) -> None:
@@ -222,8 +223,8 @@ def demo(
     with user_errors():
         budget = demonstration.SHORT_STEPS if short else demonstration.STEPS
         total = budget if steps is None else parse_steps(steps)
-        out.mkdir(parents=True, exist_ok=True)
         agents("sb3").resolve_device(device)
+        out_folder(out)
     results = demonstration.run(out, total, device, seed, typer.echo)
     print_results(results)
     typer.echo(f"left in {out}: learning_curve.png, episodes.png, results.json, agent/ (the trained agent)")

@@ -26,6 +26,7 @@ from mmenvs.cli import (
     parse_steps,
     user_errors,
 )
+from mmenvs.files import check_out
 from mmenvs.registry import SPECS, task_class
 
 Number = TypeVar("Number", int, float)
@@ -67,8 +68,6 @@ def pretrain(
             settings = replace(pretraining.read_settings(out)[0], **given)
         else:
             settings = pretraining.PretrainSettings(**given, precision=sb3.default_precision(name))
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out must be a folder, {str(out)!r} is a file")
 
         def report(step: int, means: dict[str, float]) -> None:
             accuracies = ", ".join(
@@ -134,8 +133,7 @@ def embed(
         one_of("engine", engine, ("local", "ray"))
         if address is not None and engine != "ray":
             raise ValueError(f"address is for engine='ray', got {address!r} with engine={engine!r}")
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+        check_out(out)
         kwargs: dict[str, Any] = {"split": split, "difficulty": parse_difficulty(difficulty)}
         if image_size is not None:
             kwargs["image_size"] = image_size

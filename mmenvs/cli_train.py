@@ -26,7 +26,7 @@ from mmenvs.cli import (
     parse_steps,
     user_errors,
 )
-from mmenvs.files import locked, out_folder
+from mmenvs.files import check_out, locked, out_folder
 from mmenvs.registry import task_class
 
 
@@ -178,7 +178,7 @@ def train(
         if watch is not None and not is_transformer(model):
             raise ValueError(f"watch is of --agent transformer, got {watch!r} with {model.settings.algo!r}")
         alarm = None if watch is None else alarm_of(model, watch, source)
-        out_folder(out)
+        out_folder(out, "agent")
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
     finish(model, total, out, say, f"mmenvs evaluate {out}", alarm)
@@ -205,7 +205,7 @@ def pretrain_policy(
         arguments = {"seed": seed, "device": device, "env_kwargs": env_kwargs}
         arguments["encoders"] = None if encoder is None else encoders_of(encoder, id, None, True)
         model = make_transformer(id, num_envs, {"size": size, "algo": "supervised"}, arguments)
-        out_folder(out)
+        out_folder(out, "agent")
         say = spokesman(model)
     say(f"{size} learns from the oracle of {id}, {model.device}; logs: tensorboard --logdir {out}")
     finish(model, total, out, say, f"mmenvs train {id} --agent transformer --algo grpo --init {out}")
@@ -246,7 +246,7 @@ def distill(
             env_kwargs=kwargs,
         )
         student.settings = replace(student.settings, env_kwargs=saved)
-        out_folder(out)
+        out_folder(out, "agent")
         say = spokesman(student)
     say(f"{size} learns from {teacher} on {id}, {student.device}; logs: tensorboard --logdir {out}")
     stopped = "what it has learned is kept, and 'mmenvs train --resume' would go on with PPO"
@@ -369,7 +369,8 @@ def encoders_of(encoder: str, id: str, source: str | None, own: bool) -> dict[st
 
 
 def check_new(out: Path) -> None:
-    """That there is no agent in ``out``."""
+    """That there are no results in ``out``, of whatever kind."""
+    check_out(out, "agent")
     if (out / "settings.json").exists():
         raise ValueError(
             f"out={str(out)!r} holds an agent: choose another folder, or go on with 'train --resume'"

@@ -8,6 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What lies in a folder of each kind from its first save on.
+KINDS = {
+    "agent": "settings.json",
+    "fine-tuned model": "vlm.json",
+    "pretraining": "training.safetensors",
+    "comparison": "rows.jsonl",
+    "benchmark": "results.sqlite",
+    "search": "trials.sqlite",
+}
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -27,15 +37,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def out_folder(path: str | os.PathLike[str]) -> Path:
-    """``path`` as a folder that is there and can be written to; ``out`` of those who write results.
+def check_out(path: str | os.PathLike[str], kind: str | None = None) -> Path:
+    """``out`` of those who write results; it needn't be there yet.
+
+    Args:
+        path: a folder.
+        kind: what will be written, one of ``KINDS``; None if it is at home beside anything, as a report is.
 
     Raises:
-        ValueError: if it is a file, or can't be made or written to.
+        ValueError: if it is a file, or holds results of another kind.
     """
     path = Path(path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise ValueError(f"out must be a folder, {str(path)!r} is a file")
+    for other, name in KINDS.items() if kind is not None else ():
+        if other != kind and (path / name).exists():
+            article = "an" if other[0] in "aeiou" else "a"
+            raise ValueError(f"out={str(path)!r} holds {article} {other} ({name}): choose another folder")
+    return path
+
+
+def out_folder(path: str | os.PathLike[str], kind: str | None = None) -> Path:
+    """``path`` as a folder that is there and can be written to, see :func:`check_out`.
+
+    Raises:
+        ValueError: if it is a file, holds results of another kind, or can't be made or written to.
+    """
+    path = check_out(path, kind)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import mmenvs
 from mmenvs.cli import app, parse_steps
-from mmenvs.files import locked, out_folder
+from mmenvs.files import KINDS, locked, out_folder
 
 VQA = "MMRL/VQA-v0"
 CAPTIONING = "MMRL/Captioning-v0"
@@ -138,6 +138,30 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
         )
     assert "error: another training is writing to out=" in said
     assert not (tmp_path / "a" / "settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("agent", ("train", VQA)),
+        ("agent", ("pretrain-policy", VQA)),
+        ("agent", ("distill", "nowhere")),
+        ("fine-tuned model", ("finetune-vlm", VQA, "--model", "nowhere")),
+        ("pretraining", ("pretrain", "--steps", 1)),
+        ("comparison", ("compare", "--envs", VQA, "--embeddings", "shapes+concat")),
+        ("benchmark", ("benchmark", "--suite", "core-v0")),
+        ("search", ("tune", VQA)),
+    ],
+)
+def test_results_of_different_kinds_do_not_share_a_folder(kind, command, tmp_path):
+    for other, name in KINDS.items():
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("")
+        if other != kind:
+            said = run(*command, "--out", out, "--device", "cpu", code=2)
+            assert f"{other} ({name}): choose another folder" in said
+            assert [file.name for file in out.iterdir()] == [name]
 
 
 def test_train_leaves_agent_and_logs(trained):

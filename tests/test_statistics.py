@@ -1,4 +1,4 @@
-"""Statistics of the benchmark against numbers computed by hand, and against rliable where it is installed."""
+"""Statistics of the benchmark against numbers computed by hand, and against rliable."""
 
 from __future__ import annotations
 
@@ -97,9 +97,8 @@ def test_probability_of_improvement_by_hand():
 
 
 def test_against_rliable():
-    # It isn't in the extra test, as it needs pandas below 3; known answers stand in the other tests.
-    metrics = pytest.importorskip("rliable.metrics", exc_type=ImportError, reason="rliable is not installed")
-    library = pytest.importorskip("rliable.library", exc_type=ImportError, reason="rliable is not installed")
+    metrics = pytest.importorskip("rliable.metrics", reason="rliable, of the extra test, is not installed")
+    library = pytest.importorskip("rliable.library", reason="rliable, of the extra test, is not installed")
     generator = np.random.default_rng(0)
     x, y = generator.random((2, 10, 5))  # (runs, tasks)
     ours = [[[score] for score in runs] for runs in x.T]

@@ -28,7 +28,7 @@ from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings import ENCODERS, FUSIONS
 from mmenvs.embeddings.extractor import HUGGING_FACE, encoders_fitting
 from mmenvs.embeddings.joint import PREFIX
-from mmenvs.files import locked
+from mmenvs.files import locked, out_folder
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
 
@@ -214,14 +214,12 @@ def compare(
 
     Raises:
         ValueError, TypeError: for arguments that name nothing that exists, before any run.
-        ValueError: if another comparison is writing to ``out``.
+        ValueError: if another comparison is writing to ``out``, or it holds results of another kind.
     """
     runs = grid.runs()
     limits = check_budget({} if budget is None else budget)
     resolved: str = importlib.import_module("mmenvs_agents.sb3").resolve_device(device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-    out.mkdir(parents=True, exist_ok=True)
+    out = out_folder(out, "comparison")
     path = out / "rows.jsonl"
     with locked(out), single_thread():
         torn = store.drop_torn(path)

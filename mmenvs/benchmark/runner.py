@@ -132,7 +132,7 @@ def benchmark(
     ray = importlib.import_module("mmenvs.integrations.ray") if engine == "ray" else None
     device = resolve_device(plan.device)
     runs = plan.runs()
-    with locked(out_folder(out), "benchmark"):
+    with locked(out_folder(out, "benchmark"), "benchmark"):
         if (out / NAME).exists() and not resume:
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"

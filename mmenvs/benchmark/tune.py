@@ -121,7 +121,7 @@ def tune(
     integer_in("trials", trials, 1, 100_000)
     device = resolve_device(device)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with locked(out_folder(out), "search"):
+    with locked(out_folder(out, "search"), "search"):
         study = _open(search, out / NAME)
         for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # stopped in the midst of it
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)

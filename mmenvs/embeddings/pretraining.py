@@ -25,7 +25,7 @@ from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.fusion import Concat
 from mmenvs.embeddings.joint import FILE, JointConfig, JointEmbedding, save_joint
 from mmenvs.embeddings.optimizers import Muon, load_state_tensors, state_tensors
-from mmenvs.files import replacing
+from mmenvs.files import check_out, out_folder, replacing
 from mmenvs.interrupts import asked_to_stop
 from mmenvs.world import questions
 from mmenvs.world.pairs import PairedScenes
@@ -340,18 +340,21 @@ def pretrain(
         report: called with the step and the means of the logged values since the last call.
 
     Raises:
+        ValueError: if ``out`` holds results already, and ``resume`` is False or they are of another kind, or can't be
+            written to.
         KeyboardInterrupt: if Ctrl-C ended it.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    run = Pretraining(settings, device)
-    if resume:
-        run.resume(out)
-    elif (out / STATE).exists():
+    if not resume and (out / STATE).exists():
         raise ValueError(
             f"out={str(out)!r} holds a pretraining: go on with --resume, or choose another folder"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    check_out(out, "pretraining")
+    run = Pretraining(settings, device)
+    if resume:
+        run.resume(out)
+    out_folder(out)
     writer = SummaryWriter(str(out))
     logs: list[dict[str, float]] = []
     begin = time.perf_counter()
