@@ -83,7 +83,7 @@ def benchmark(
         plan = Plan() if resume is None else Plan.load(resume)
         agents = None if algorithms is None else tuple(parse_list(algorithms))
         if policy:
-            agents = (*(agents or plan.agents), *map(players.policy_name, policy))
+            agents = tuple(dict.fromkeys((*(agents or plan.agents), *map(players.policy_name, policy))))
         given: dict[str, Any] = {
             "suite": suite,
             "agents": agents,

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import re
 import sqlite3
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import gymnasium as gym
@@ -296,6 +297,15 @@ def test_no_store(tmp_path):
             Store(tmp_path, write=write)
 
 
+def test_a_trigger_of_others_is_refused(tmp_path):
+    with Store(tmp_path, write=True) as opened:
+        opened.database.execute(
+            "CREATE TRIGGER swallow BEFORE INSERT ON rows BEGIN SELECT RAISE(IGNORE); END"
+        )
+    with pytest.raises(ValueError, match="is no store of a benchmark: it holds swallow"):
+        Store(tmp_path, write=True)
+
+
 def test_a_view_in_place_of_the_table_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / store.NAME)
     database.execute(
@@ -512,12 +522,60 @@ def test_numbers_of_the_board_by_hand(filled):
     )
     assert board.floor("VQA-v0, difficulty 0", "test", "blind") == pytest.approx(floor)
     assert board.aggregates("oracle", "test")["mean"].value == 1
-    assert board.unranked == ["blind to text", "blind to audio"] and board.ranked[0] == "oracle"
+    assert board.unranked == ["blind to audio", "blind to text"] and board.ranked[0] == "oracle"
     assert board.aggregates("blind to text", "test") == {}
     assert set(board.tags["audio"]) == {
         "AudioVisualMatching-v0, difficulty 0",
         "AudioVisualMatching-v0, difficulty 1",
     }
+
+
+def test_a_report_does_not_depend_on_the_order_of_the_rows(filled, tmp_path):
+    texts = []
+    for folder in (filled, tmp_path / "turned"):
+        if folder != filled:
+            with Store(filled) as opened:
+                rows = list(opened.all())
+            runs = {json.dumps(row["run"], sort_keys=True): [] for row in reversed(rows)}
+            for row in rows:
+                runs[json.dumps(row["run"], sort_keys=True)].append(row)
+            folder.mkdir()
+            PLAN.save(folder)
+            with Store(folder, write=True) as opened:
+                for of_run in runs.values():
+                    opened.append(of_run)
+        out = tmp_path / f"{folder.name} report"
+        results.write(folder, out)
+        texts.append(
+            [(out / name).read_text() for name in ("report.md", "leaderboard.csv", "figures/curve_0.svg")]
+        )
+    assert texts[0] == texts[1]
+
+
+def test_what_is_missing_is_said(tmp_path):
+    plan = replace(PLAN, seeds=2)
+    runs = [run for run in plan.runs() if run["id"] != MATCHING and (run["agent"], run["seed"]) != ("ppo", 1)]
+    plan.save(tmp_path)
+    with Store(tmp_path, write=True) as opened:
+        for i, run in enumerate(runs):
+            origin = {**ORIGIN, "device": "cpu" if i else "cuda"}
+            opened.append([{**row, "provenance": origin} for row in bench_runs.rows_of(run)])
+    results.write(tmp_path, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "with 2 seeds of each agent on each of its tasks here, 4 runs more would be there" in text
+    assert (
+        "nothing was done on AudioVisualMatching-v0, difficulty 0; AudioVisualMatching-v0, difficulty 1"
+        in text
+    )
+    assert "made on different devices, which change scores: cpu; cuda" in text
+
+
+def test_without_blind_agents_nothing_is_above_blind(tmp_path):
+    folder = fill(tmp_path, replace(PLAN, agents=("ppo", "a2c")))
+    with Store(folder) as opened:
+        board = boards.read(opened)
+    assert board.floor(board.tasks[0], "test", "blind") is None
+    assert board.floor(board.tasks[0], "test", "random") is not None
 
 
 def test_an_agent_that_lacks_a_task_is_not_averaged(tmp_path):
@@ -526,7 +584,9 @@ def test_an_agent_that_lacks_a_task_is_not_averaged(tmp_path):
         board = boards.read(opened)
     assert "a2c" in board.unranked and "ppo" in board.ranked
     text = "\n".join(results.remarks(board))
-    assert "averages over different sets of tasks can't be compared: a2c; blind to text" in text
+    assert (
+        "averages over different sets of tasks can't be compared: a2c; blind to audio; blind to text" in text
+    )
 
 
 def test_versions_that_differ_are_said(tmp_path):

@@ -53,6 +53,17 @@ def table(folder):
     return sorted(json.dumps(row, sort_keys=True) for row in rows)
 
 
+def written(folder):
+    """How many rows there are."""
+    if not (folder / "results.sqlite").exists():
+        return 0
+    try:
+        with Store(folder) as store:
+            return store.count()
+    except (ValueError, OSError):  # it is being made
+        return 0
+
+
 def children(pid):
     """The worker processes of a runner."""
     try:
@@ -66,12 +77,16 @@ def test_killed_at_any_moment(tmp_path):
     """Whatever is killed, runner or worker: in the end the table is that of an undisturbed run."""
     draw = random.Random(KILLS)
     begun, killed = False, []
-    for _ in range(KILLS):
+    for number in range(KILLS):
+        there = written(tmp_path)
         command = [sys.executable, "-m", "tests.bench_runs", str(tmp_path), *(["--resume"] if begun else [])]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None and not children(process.pid):
             time.sleep(0.01)
         workers = children(process.pid)
+        if number % 2 == 0:  # some in the midst of the runs, however long the machine takes to get there
+            while process.poll() is None and written(tmp_path) == there:
+                time.sleep(0.01)
         time.sleep(draw.uniform(0, 1.5))
         if workers and draw.random() < 0.5:
             with contextlib.suppress(ProcessLookupError):  # all runs may be done by now
@@ -92,6 +107,7 @@ def test_killed_at_any_moment(tmp_path):
             table(tmp_path)  # can be read at any time
     with Store(tmp_path, write=True) as store:
         before = len(store.finished())
+    assert before > 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "execute", bench_runs.execute)
         # The lock of a killed runner is none.
@@ -106,12 +122,13 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_one_that_dies_hangs_or_raises_costs_its_own_run():
-    agents = ("tells", "raises", "dies", "leaves", "hangs", "ppo")
+    agents = ("tells", "raises", "exits", "dies", "leaves", "hangs", "ppo")
     events = list(
         pool.run_all([run_of(agent) for agent in agents], bench_runs.execute, **{**SETTINGS, "timeout": 4.0})
     )
     done = {event.run["agent"]: event.rows for event in events if isinstance(event, pool.Done)}
     assert list(done) == list(agents)
+    assert done["exits"][-1]["error"] == "SystemExit: no weights"
     errors = {agent: rows[-1].get("error") for agent, rows in done.items()}
     assert errors["raises"] == "ArithmeticError: no answer" and "execute" in done["raises"][-1]["traceback"]
     assert (
@@ -193,6 +210,24 @@ def _fails_at_seed_1(run, device, tell):
     return bench_runs.execute(run, device, tell)
 
 
+def _gives_what_is_no_row(run, device, tell):
+    rows = bench_runs.rows_of(run)
+    if run["seed"] == 1:
+        raise FileNotFoundError("no file \udcff.pt")
+    if run["agent"] == "ppo":
+        rows[-1]["step"] = 10**30
+    return rows
+
+
+def test_a_row_that_the_store_refuses_costs_its_own_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "execute", _gives_what_is_no_row)
+    assert runner.benchmark(tiny, tmp_path, watcher=runner.Lines(lambda line: None)) == 2
+    with Store(tmp_path) as store:
+        errors = [row["error"] for row in store.failures()]
+        assert errors[0].startswith("OverflowError") and errors[1] == "FileNotFoundError: no file ?.pt"
+        assert len(store.finished()) == 3
+
+
 def test_more_seeds_are_added(tiny, tmp_path):
     runner.benchmark(tiny, tmp_path)
     more = Plan(**{**tiny.__dict__, "seeds": 3})
@@ -261,6 +296,8 @@ class Yes:
 
 
 class Learns(Yes):
+    policy = "what it calls so is no network"
+
     def learn(self, total_timesteps):
         self.learned = total_timesteps
 
@@ -292,6 +329,33 @@ def own(name):
         "difficulty": 0,
         "embedding": "",
     }
+
+
+class Counts:
+    learned = 0
+
+    def learn(self, total_timesteps):
+        self.learned += 1
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.full(len(observation["image"]), self.learned), None
+
+
+counts = Counts()
+
+
+def test_an_object_as_a_policy_begins_each_run_anew():
+    for _ in range(2):
+        (row,) = job.execute(own("counts"), "cpu", lambda *_: None)
+        assert [example["actions"] for example in row["examples"]] == [[1]] * 8
+
+
+def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken_policy.py").write_text("class A")
+    for policy in ("broken_policy:A", ".broken_policy:A"):
+        with pytest.raises(ImportError, match=r"broken_policy' can't be imported: (Syntax|Type)Error"):
+            Plan(agents=(f"policy:{policy}",)).runs()
 
 
 @pytest.mark.parametrize("name", ["Yes", "Learns"])

@@ -38,7 +38,22 @@ def test_aggregates_by_hand(name, value):
     assert found.value == pytest.approx(value)
     assert found.low < value < found.high
     assert found == stats.aggregate(TASKS, stats.AGGREGATES[name])
-    assert found != stats.aggregate(TASKS, stats.AGGREGATES[name], seed=1)
+
+
+def test_draws_depend_on_the_seed():
+    first, second = (stats.resampled(TASKS, 50, seed)[1] for seed in (0, 1))
+    assert not np.array_equal(first[0], second[0])
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_intervals_of_runs_that_play_the_same_episodes_cover_the_truth():
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        run = generator.random(100) < 0.5  # the seeds have learned the same, so more of them tell nothing new
+        found = stats.bootstrap([[run, run, run]], resamples=400)
+        covered += found.low <= 0.5 <= found.high
+    assert covered / 200 >= 0.9
 
 
 def test_median_is_over_tasks():

@@ -20,10 +20,11 @@ from mmenvs.benchmark import players, stats
 from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.stats import Array, Interval
 from mmenvs.benchmark.store import Store
-from mmenvs.benchmark.suites import tags_of
+from mmenvs.benchmark.suites import SUITES, tags_of
 from mmenvs.benchmark.summary import BASELINES
 
 SHOWN = 30
+_BLIND_TO = "blind to "
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Board:
 
     Attributes:
         suite: its name.
-        tasks, agents: names in the order they were first done; baselines are agents too.
+        tasks, agents: names, tasks in the order of the suite, agents in that of the alphabet after the baselines, which are agents too.
         cells: by agent and task, the runs by seed.
         failed: rows of runs that failed.
         origins: how many runs come from each origin, as JSON.
@@ -82,13 +83,14 @@ class Board:
         return next(str(records[0].run["id"]) for (_, name), records in self.cells.items() if name == task)
 
     def floor(self, task: str, split: str, kind: str) -> float | None:
-        """The score that counts as 0: of the random agent, or of the best one that lacks a modality."""
+        """The score that counts as 0: of the random agent, or of the best one that lacks a modality or looks at nothing.
+        None if no agent that lacks one was there."""
         key = (task, split, kind)
         if key not in self._floors:
             names = ["random"]
             if kind == "blind":
-                blind = [name for name in self.agents if name.startswith("blind to ")]
-                names = [*blind, BASELINES["most_frequent"]]
+                blind = [name for name in self.agents if _is_blind(name) and (name, task) in self.cells]
+                names = [*blind, BASELINES["most_frequent"]] if blind else []
             scores = [score for name in names if (score := self.mean(name, task, split)) is not None]
             self._floors[key] = max(scores) if scores else None
         return self._floors[key]
@@ -152,6 +154,11 @@ class Board:
                 found.setdefault(tag, []).append(task)
         return found
 
+    @property
+    def several_seeds(self) -> bool:
+        """Whether any agent has more than one run on a task."""
+        return any(len(records) > 1 for records in self.cells.values())
+
     @cached_property
     def further_splits(self) -> list[str]:
         """What agents were evaluated on beside the test split."""
@@ -213,8 +220,11 @@ def read(store: Store, suite: str | None = None) -> Board:
         group.sort(key=lambda record: record.run["seed"])
     return Board(
         suite=suite,
-        tasks=tuple(dict.fromkeys(task for _, task in cells)),
-        agents=tuple(dict.fromkeys(agent for agent, _ in cells)),
+        # Not as they were done, which workers side by side do in another order each time.
+        tasks=_in_order(suite, {task for _, task in cells}),
+        agents=tuple(
+            sorted({agent for agent, _ in cells}, key=lambda agent: (agent not in BASELINES.values(), agent))
+        ),
         cells=cells,
         failed=tuple(row for row in store.failures() if row["run"]["suite"] == suite),
         origins=dict(origins),
@@ -239,7 +249,24 @@ def _chosen(scores: dict[str, dict[str, list[float]]]) -> set[str]:
     known = {agent: score for agent, score in known.items() if agent not in BASELINES.values()}
     best = sorted(known, key=lambda agent: (-known[agent], agent))[:SHOWN]
     rest = [agent for agent in scores if agent not in known and agent not in BASELINES.values()][:SHOWN]
-    return {*best, *rest, *(name for name in BASELINES.values() if name in scores)}
+    floors = [name for name in scores if name in BASELINES.values() or _is_blind(name)]
+    return {*best, *rest, *floors}
+
+
+def _is_blind(agent: str) -> bool:
+    return agent.startswith(_BLIND_TO)
+
+
+def tasks_of(suite: str) -> list[str]:
+    """The tasks of a suite, whatever its budget; none of one that isn't known here."""
+    known = SUITES.get(suite.partition(" (")[0])
+    return [] if known is None else [task_name(vars(task)) for task in known.tasks]
+
+
+def _in_order(suite: str, tasks: set[str]) -> tuple[str, ...]:
+    """``tasks`` as the suite has them; those that it hasn't by name."""
+    order = tasks_of(suite)
+    return tuple(sorted(tasks, key=lambda task: (order.index(task) if task in order else len(order), task)))
 
 
 def task_name(run: dict[str, Any]) -> str:
@@ -250,7 +277,7 @@ def task_name(run: dict[str, Any]) -> str:
 def _agent_name(run: dict[str, Any]) -> str:
     agent = str(run["agent"])
     if agent.startswith(players.BLIND):
-        return f"blind to {agent.removeprefix(players.BLIND)}"
+        return f"{_BLIND_TO}{agent.removeprefix(players.BLIND)}"
     if agent.startswith(players.POLICY):
         return agent.removeprefix(players.POLICY)
     return BASELINES.get(agent, agent)

@@ -214,8 +214,8 @@ def _last(agent: Any, checked: Any, run: Mapping[str, Any]) -> Row:
             scores[f"{split}/sampled"] = _without_returns(found)
     if not baseline:
         scores |= _dropped(agent, checked, run, few)
-    policy: Any = getattr(agent, "policy", getattr(agent, "model", None))
-    parameters = sum(x.numel() for x in policy.parameters()) if hasattr(policy, "parameters") else None
+    policy = _module(agent)
+    parameters = None if policy is None else sum(x.numel() for x in policy.parameters())
     speed = checked.decisions / checked.seconds if not baseline and checked.seconds else None
     return {
         "scores": scores,
@@ -224,9 +224,18 @@ def _last(agent: Any, checked: Any, run: Mapping[str, Any]) -> Row:
     }
 
 
+def _module(agent: Any) -> Any:
+    """The network of an agent; None of one from elsewhere that has none, or calls something else so."""
+    from torch import nn
+
+    policy = getattr(agent, "policy", getattr(agent, "model", None))
+    return policy if isinstance(policy, nn.Module) else None
+
+
 def _dropped(agent: Any, checked: Any, run: Mapping[str, Any], episodes: int) -> dict[str, Any]:
     """Test scores with each observation missing: masked where an extractor knows how, else zeros."""
-    extractor = extractor_in(agent.policy) if hasattr(agent, "policy") else None
+    policy = _module(agent)
+    extractor = None if policy is None else extractor_in(policy)
     space = space_of(run["id"], {"difficulty": run["difficulty"]})
     seen = tuple(space) if extractor is None else extractor.visible
     found = {}

@@ -43,7 +43,9 @@ CHECKPOINTS = (0.8, 0.9)  # shares of the training at which the policy is kept; 
 _PERTURBATIONS = ("noise", "brightness", "pitch", "word_dropout")
 _SAY_EVERY = 10.0  # seconds between two lines about the same run
 _KINDS = {"image": "pictures", "images": "pictures", "text": "words", "audio": "sound"}
-_PACKAGES = ("mmenvs", "numpy", "gymnasium", "torch", "torchaudio", "stable_baselines3")
+_PACKAGES = (
+    "mmenvs", "numpy", "gymnasium", "torch", "torchaudio", "stable_baselines3", "sb3_contrib", "transformers", "numba",
+)  # fmt: skip
 
 
 class Recorder(VecEnvWrapper):

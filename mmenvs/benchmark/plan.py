@@ -119,5 +119,5 @@ class Plan:
                     raise ValueError(f"{key} must hold names")
                 fields[key] = tuple(fields[key])
             return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is no plan of a benchmark: {error}") from None

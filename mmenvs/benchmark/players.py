@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -14,7 +15,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from mmenvs.benchmark.summary import BASELINES
+from mmenvs.benchmark.summary import BASELINES, encoder_of
 from mmenvs.checks import one_of
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
@@ -79,7 +80,7 @@ def embeddings(name: str, given: Sequence[str]) -> tuple[str, ...]:
     if name in BASELINES or name.startswith((POLICY, VLM)):
         return ("",)
     if name.partition(":")[0] == TRANSFORMER:
-        return tuple(dict.fromkeys(embedding.partition("+")[0] for embedding in given))
+        return tuple(dict.fromkeys(map(encoder_of, given)))
     return tuple(given)
 
 
@@ -152,8 +153,10 @@ def policy_class(name: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise ImportError(f"policy: module {module!r} can't be imported: {error}") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ImportError(
+            f"policy: module {module!r} can't be imported: {type(error).__name__}: {error}"
+        ) from error
     if found is None:
         raise ImportError(f"policy: module {module!r} has no {attribute!r}")
     if not callable(getattr(found, "predict", None)):
@@ -167,7 +170,7 @@ def policy_code(name: str) -> str:
     if name.startswith(VLM):
         found = hashlib.sha256()
         for path in sorted(_vlm().find_model(name.removeprefix(VLM)).iterdir()):
-            if path.suffix in (".json", ".jinja", ".safetensors"):
+            if path.is_file():
                 with open(path, "rb") as file:
                     found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
         return found.hexdigest()[:12]
@@ -182,7 +185,7 @@ def _own(name: str, id: str, env_kwargs: Mapping[str, Any], seed: int) -> Any:
     """A policy of one's own, with those of ``id, env_kwargs, observation_space, action_space, seed`` it takes."""
     cls = policy_class(name)
     if not isinstance(cls, type):
-        return cls
+        return copy.deepcopy(cls)  # so that no run begins with what another has learned
     env = gym.make(id, **env_kwargs)
     given = {
         "id": id,

@@ -19,6 +19,7 @@ from mmenvs.benchmark.rows import Row
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _POLL = 0.25  # seconds
+_LOADING = 600.0  # seconds that a process may take to load the libraries, which is no run's time
 Tell = Callable[[float, float | None], Any]  # share of the run that is done, score so far
 Execute = Callable[[Mapping[str, Any], str, Tell], Sequence[Row]]
 
@@ -52,6 +53,7 @@ class _Worker:
     pipe: Connection
     run: Mapping[str, Any] | None = None
     begin: float = 0.0
+    loaded: bool = False
     told: list[Progress] = field(default_factory=list)
 
 
@@ -101,7 +103,7 @@ def run_all(
                     done = _receive(worker)
                     yield from worker.told
                     worker.told.clear()
-                elif time.monotonic() - worker.begin > timeout:
+                elif time.monotonic() - worker.begin > (timeout if worker.loaded else timeout + _LOADING):
                     done = _failed(worker, "TimeoutError", f"the run took longer than {timeout:g} s")
                     _end(worker)
                 if done is None:
@@ -147,13 +149,16 @@ def _receive(worker: _Worker) -> Done | None:
     try:
         kind, content = worker.pipe.recv()
     except (EOFError, OSError):
+        # A thread that it left behind may keep it from ending.
+        worker.process.join(_POLL)
+        worker.process.kill()
         worker.process.join()
         code = worker.process.exitcode
         what = f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = "; was there too little memory?" if code == -signal.SIGKILL else ""
         return _failed(worker, "WorkerDied", f"the process of the run ended with {what}{hint}")
     if kind == "ready":
-        worker.begin = time.monotonic()  # the time it took to load the libraries is no run's
+        worker.begin, worker.loaded = time.monotonic(), True
         return None
     if kind == "progress":
         worker.told.append(Progress(worker.run, *content))
@@ -177,7 +182,10 @@ def failed(
     machine: Mapping[str, Any] | None = None,
 ) -> Done:
     """The end of a run that failed: one row, with its error."""
-    error = f"{kind}: {' '.join(message.split())}"
+    # Messages may hold what is no text, such as a path that isn't UTF-8.
+    error, trace = (
+        text.encode("utf-8", "replace").decode() for text in (f"{kind}: {' '.join(message.split())}", trace)
+    )
     row = {"run": dict(run), "step": 0, "final": True, "error": error, "traceback": trace}
     return Done(run, [row], seconds, machine or {})
 
@@ -186,7 +194,7 @@ def attempt(execute: Execute, run: Mapping[str, Any], device: str, tell: Tell) -
     """``"rows"`` and the rows of a run, or ``"error"`` and its kind, message and traceback."""
     try:
         return "rows", execute(run, device, tell)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return "error", (type(error).__name__, str(error), traceback.format_exc())
     finally:
         # Agents are in cycles of references, and a few of them that wait for the collector fill the memory.

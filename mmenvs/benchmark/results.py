@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmenvs.benchmark import episodes, plots, stats
-from mmenvs.benchmark.board import Board, read
+from mmenvs.benchmark.board import Board, read, tasks_of
 from mmenvs.benchmark.differences import (
     improvement,
     paired_difference,
@@ -58,7 +58,10 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
         ValueError: if the store is damaged or holds no finished run, or ``out`` can't be written to.
     """
     folder = Path(folder)
-    suite = Plan.load(folder).the_suite().name if (folder / NAME).is_file() else None
+    plan = Plan.load(folder) if (folder / NAME).is_file() else None
+    planned = None if plan is None else plan.the_suite()
+    suite = None if planned is None else planned.name
+    seeds = None if plan is None or planned is None else plan.seeds or planned.seeds
     with Store(folder) as store:
         board = read(store, suite)
     sections = tables(board)
@@ -67,7 +70,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
     for name, svg in drawn.items():
         with replacing(out / "figures" / f"{name}.svg") as file:
             file.write_text(plots.standalone(svg), encoding="utf-8")
-    sentences = remarks(board)
+    sentences = remarks(board, seeds)
     with replacing(out / "report.md") as file:
         lead = "\n\n".join(map(cell_text, sentences))
         paths = [f"figures/{name}.svg" for name in drawn]
@@ -81,8 +84,8 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
     _write_csv(out / "runs.csv", *_runs(board))
 
 
-def remarks(board: Board) -> list[str]:
-    """What a reader must know first."""
+def remarks(board: Board, seeds: int | None = None) -> list[str]:
+    """What a reader must know first; ``seeds`` is how many runs of each agent were planned."""
     runs = sum(len(records) for records in board.cells.values())
     found = [
         f"{count(runs, 'run')} of {count(len(board.agents), 'agent')} on {count(len(board.tasks), 'task')}: "
@@ -90,6 +93,17 @@ def remarks(board: Board) -> list[str]:
     ]
     if board.failed:
         found.append(f"{count(len(board.failed), 'run')} failed, see below.")
+    several = [len(records) for records in board.cells.values() if records[0].run["steps"]]
+    planned = max(several, default=0) if seeds is None else seeds
+    lacking = sum(max(0, planned - runs) for runs in several)
+    if lacking:
+        found.append(
+            f"Incomplete: with {count(planned, 'seed')} of each agent on each of its tasks here, "
+            f"{count(lacking, 'run')} more would be there."
+        )
+    undone = [task for task in tasks_of(board.suite) if task not in board.tasks]
+    if undone:
+        found.append(f"Incomplete: nothing was done on {'; '.join(undone)}, which the suite has.")
     if board.unranked:
         some = board.unranked[:_COMPARED]
         more = f" and {len(board.unranked) - len(some)} more" if len(board.unranked) > len(some) else ""
@@ -99,6 +113,11 @@ def remarks(board: Board) -> list[str]:
         )
     if len({code.partition("+")[0] for code in board.codes}) > 1:
         found.append("Careful: these rows come from different versions of the code, see the last table.")
+    devices = sorted({str(json.loads(origin).get("device")) for origin in board.origins})
+    if len(devices) > 1:
+        found.append(
+            f"Careful: these rows were made on different devices, which change scores: {'; '.join(devices)}."
+        )
     if board.others:
         found.append(f"The store holds other suites, left out here: {'; '.join(board.others)}.")
     return found
@@ -198,8 +217,9 @@ def _leaderboard(board: Board) -> Table:
         "cost: decisions / s": lambda a: board.cost(a, "decisions_per_second"),
         "cost: parameters": lambda a: board.cost(a, "parameters"),
     }
+    sampled = "seeds and episodes" if board.several_seeds else "episodes alone, as there is one seed"
     note = (
-        "Greedy, test split; 95 % intervals over seeds and episodes. Blind: the best of the agents that lack a "
+        f"Greedy, test split; 95 % intervals over {sampled}. Blind: the best of the agents that lack a "
         "modality and of the most frequent answer, so that what is above 0 takes all modalities."
     )
     if HARDER in board.further_splits:

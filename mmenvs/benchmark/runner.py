@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmenvs.benchmark import players, pool
-from mmenvs.benchmark.plan import NAME, Plan
+from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.store import MAIN, Store
 from mmenvs.benchmark.summary import count, run_key
 from mmenvs.checks import integer_in, one_of
@@ -132,44 +132,50 @@ def benchmark(
     ray = importlib.import_module("mmenvs.integrations.ray") if engine == "ray" else None
     device = resolve_device(plan.device)
     runs = plan.runs()
-    with locked(out_folder(out, "benchmark"), "benchmark"):
-        if (out / NAME).exists() and not resume:
+    with locked(out_folder(out, "benchmark"), "benchmark"), Store(out, write=True) as store:
+        if not resume and store.count():
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
             )
-        with Store(out, write=True) as store:
-            origin = provenance(device)
-            codes = {name: code_version(name) for name in {run["agent"] for run in runs}}
-            if not mix:
-                _check_codes(store, codes)
-            plan.save(out)
-            done = store.finished()
-            missing = [run for run in runs if run_key(run) not in done]
-            watcher.begin(len(runs), len(runs) - len(missing))
-            failed = 0
-            how: dict[str, Any] = {"device": device, "threads": threads, "timeout": timeout}
-            events = (
-                pool.run_all(missing, job.execute, workers=min(workers, len(missing)), **how)
-                if ray is None
-                else ray.run_all(missing, job.execute, codes=codes, gpus=gpus, address=address, **how)
-            )
-            try:
-                for event in events:
-                    if isinstance(event, pool.Progress):
-                        watcher.progress(event)
-                        continue
-                    about = {
-                        **origin,
-                        **event.machine,
-                        "code": codes[event.run["agent"]],
-                        "threads": threads,
-                        "written": time.time(),
-                    }
+        origin = provenance(device)
+        codes = {name: code_version(name) for name in {run["agent"] for run in runs}}
+        if not mix:
+            _check_codes(store, codes)
+        plan.save(out)
+        done = store.finished()
+        missing = [run for run in runs if run_key(run) not in done]
+        watcher.begin(len(runs), len(runs) - len(missing))
+        failed = 0
+        how: dict[str, Any] = {"device": device, "threads": threads, "timeout": timeout}
+        events = (
+            pool.run_all(missing, job.execute, workers=min(workers, len(missing)), **how)
+            if ray is None
+            else ray.run_all(missing, job.execute, codes=codes, gpus=gpus, address=address, **how)
+        )
+        try:
+            for event in events:
+                if isinstance(event, pool.Progress):
+                    watcher.progress(event)
+                    continue
+                about = {
+                    **origin,
+                    **event.machine,
+                    "code": codes[event.run["agent"]],
+                    "threads": threads,
+                    "written": time.time(),
+                }
+                try:
                     store.append([{**row, "provenance": about} for row in event.rows])
-                    failed += "error" in event.rows[-1]
-                    watcher.done(event)
-            finally:
-                events.close()
+                except (
+                    ValueError,
+                    OverflowError,
+                ) as error:  # such as a step that is no number of the store's
+                    event = pool.failed(event.run, event.seconds, type(error).__name__, str(error))
+                    store.append([{**row, "provenance": about} for row in event.rows])
+                failed += "error" in event.rows[-1]
+                watcher.done(event)
+        finally:
+            events.close()
     return failed
 
 
@@ -195,11 +201,11 @@ def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
 
 @cache
 def package_version() -> str:
-    """A hash of all that the scores may depend on: the Python files of mmenvs and mmenvs_agents."""
+    """A hash of what the scores depend on: the Python files and the weights of mmenvs and mmenvs_agents."""
     found = hashlib.sha256()
     for package in ("mmenvs", "mmenvs_agents"):
         folder = Path(str(importlib.import_module(package).__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.safetensors")]):
             found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:12]
 

@@ -2,13 +2,15 @@
 
 After Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical precipice": runs are
 drawn again with replacement within each task (the strata), so that every task counts alike in each draw.
-Here the episodes of each drawn run are drawn again too, as a run is scored on a sample of episodes only.
+Here episodes are drawn again too, as a run is scored on a sample of them only: the same ones for all runs of a task,
+which play the same episodes (Owen 2007, "The pigeonhole bootstrap").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -218,19 +220,16 @@ def resampled(tasks: Tasks, resamples: int, seed: int) -> tuple[list[Array], lis
     integer_in("resamples", resamples, 1, 10**6)
     if not tasks or not all(len(runs) for runs in tasks):
         raise ValueError("tasks must hold at least one task, each with at least one run")
-    generator = np.random.default_rng(seed)
     values, draws = [], []
-    for runs in tasks:
+    for number, runs in enumerate(tasks):
         episodes = [_episodes(run) for run in runs]
         values.append(np.array([run.mean() for run in episodes]))
-        chosen = generator.integers(len(episodes), size=(resamples, len(episodes)))
-        # How often each run was drawn, and where: in the order of the runs, which takes no pass for each of them.
-        times, order = np.bincount(chosen.ravel()), np.argsort(chosen, axis=None, kind="stable")
-        drawn = np.empty(chosen.size)
-        drawn[order] = np.concatenate(
-            [_resampled_means(run, int(n), generator) for run, n in zip(episodes, times, strict=False)]
+        means = np.stack(
+            [_counts(run.size, resamples, seed, number) @ run / run.size for run in episodes], -1
         )
-        draws.append(drawn.reshape(chosen.shape))
+        generator = np.random.default_rng([seed, number, 0])
+        chosen = generator.integers(len(episodes), size=(resamples, len(episodes)))
+        draws.append(np.take_along_axis(means, chosen, 1))
     return values, draws
 
 
@@ -251,8 +250,10 @@ def _episodes(run: Any) -> Array:
     return scores
 
 
-def _resampled_means(run: Array, count: int, generator: np.random.Generator) -> Array:
-    """Means of ``count`` draws of a run's episodes with replacement, ``(count,)``."""
-    # How often each distinct score is drawn is all it takes: two numbers for tasks with right and wrong.
-    scores, counts = np.unique(run, return_counts=True)
-    return generator.multinomial(run.size, counts / run.size, size=count) @ scores / run.size
+@lru_cache(maxsize=12)  # a suite's tasks; 8 MB each with 1,000 episodes
+def _counts(episodes: int, resamples: int, seed: int, task: int) -> npt.NDArray[np.float32]:
+    """How often each episode of a task is in each draw with replacement, ``(resamples, episodes)``."""
+    chosen = np.random.default_rng([seed, task, 1]).integers(episodes, size=(resamples, episodes))
+    chosen += np.arange(resamples)[:, None] * episodes
+    counts = np.bincount(chosen.ravel(), minlength=chosen.size)
+    return counts.reshape(chosen.shape).astype(np.float32)

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,10 @@ class Store:
             raise ValueError(f"{str(self.path)!r} is no store of a benchmark: {error}") from None
 
     def _open(self, write: bool) -> None:
-        # A store in a folder that can't be written to has no log beside it, and is read as it is.
-        fixed = not write and not os.access(self.path.parent, os.W_OK)
+        # In a folder that can't be written to a store that has no log beside it is read as it is.
+        log = self.path.with_name(f"{NAME}-wal")
+        logged = log.exists() and log.stat().st_size > 0
+        fixed = not write and not logged and not os.access(self.path.parent, os.W_OK)
         mode = "rwc" if write else "ro&immutable=1" if fixed else "ro"
         self.database = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_WAIT, isolation_level=None
@@ -82,6 +84,12 @@ class Store:
             self.database.execute("PRAGMA journal_mode=WAL")
             self.database.execute("PRAGMA synchronous=FULL")
             self.database.executescript(_SCHEMA)
+            # Triggers of a file from elsewhere could swallow rows.
+            with closing(sqlite3.connect(":memory:")) as ours:
+                ours.executescript(_SCHEMA)
+                foreign = _objects(self.database) - _objects(ours)
+            if foreign:
+                raise sqlite3.DatabaseError(f"it holds {', '.join(sorted(name for name, _ in foreign))}")
         tables = self.database.execute("SELECT type FROM sqlite_schema WHERE name = 'rows'").fetchall()
         if tables != [("table",)]:
             raise sqlite3.DatabaseError("it has no table of rows")
@@ -123,9 +131,10 @@ class Store:
         except sqlite3.IntegrityError:
             raise ValueError(f"{str(self.path)!r} holds this run already: {values[0][0]}") from None
         except sqlite3.OperationalError as error:
-            raise OSError(
-                f"{str(self.path)!r} can't be written: {error}; make room, then --resume goes on"
-            ) from None
+            hint = "make room, then --resume goes on" if "full" in str(error) else "--resume goes on"
+            raise OSError(f"{str(self.path)!r} can't be written: {error}; {hint}") from None
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
 
     def finished(self) -> set[str]:
         """The keys (:func:`mmenvs.benchmark.summary.run_key`) of the runs that have their last row."""
@@ -141,7 +150,7 @@ class Store:
     def scores(self) -> Iterator[tuple[int, dict[str, Any], float]]:
         """Number, run and score of the last row of each run, oldest first; without reading the rows themselves."""
         query = "SELECT n, run, score FROM rows WHERE final AND error IS NULL"
-        for n, run, score in sorted(self._select(query)):
+        for n, run, score in sorted(self._select(query), key=lambda row: int(row[0])):
             with self._naming(n):
                 yield int(n), check_run(json.loads(run)), float(score)
 
@@ -193,6 +202,12 @@ class Store:
             yield from self.database.execute(query, values)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
+
+
+def _objects(database: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Name and definition of all tables, indexes, views and triggers."""
+    found = database.execute("SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'")
+    return set(found.fetchall())
 
 
 def _is_schema(error: sqlite3.Error) -> bool:

@@ -136,7 +136,7 @@ def tune(
                 score = search.score(settings, device)
                 if not math.isfinite(score):
                     raise ValueError(f"the score is {score}")
-            except (ValueError, RuntimeError, ArithmeticError) as error:  # such as weights that became NaN
+            except Exception as error:  # such as weights that became NaN
                 trial.set_user_attr(_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 result = trial.user_attrs[_ERROR]
