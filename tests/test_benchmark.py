@@ -363,7 +363,9 @@ def trained(request):
     plan = Plan(agents=(request.param,), seeds=1, steps=1024, episodes=16)
     (run,) = [run for run in plan.runs() if run["id"] == VQA and run["difficulty"] == 0 and run["steps"]]
     told: list[tuple[float, float | None]] = []
-    rows = job.execute({**run, "checkpoints": [0.25, 0.5]}, "cpu", lambda *event: told.append(event))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_TELL_EVERY", 0.0)
+        rows = job.execute({**run, "checkpoints": [0.25, 0.5]}, "cpu", lambda *event: told.append(event))
     return rows, job.execute({**run, "checkpoints": [0.25, 0.5]}, "cpu", lambda *_: None), told
 
 
@@ -393,6 +395,8 @@ def test_what_a_run_leaves(trained):
         episode = episodes.replay(last["run"]["agent"], "VQA", last["run"], example)
         assert episode is not None and episode.score == score and episode.sound is None
     assert all(0 <= share <= 0.9 for share, _ in told)
+    so_far = [score for share, score in told if share < 0.9 and score is not None]
+    assert so_far and all(0 <= score <= 1 for score in so_far)
     with_origin = [{**row, "format": 1, "provenance": {}} for row in seeing]
     assert [store.check(row) for row in with_origin] == with_origin
 

@@ -148,17 +148,24 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
 def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
     """Train what learns; step and weights of its checkpoints, the trained ones last, where weights can be kept."""
     from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.logger import KVWriter, Logger
 
     total, told, policies = run["steps"], time.perf_counter(), []
 
-    def stepped(steps: int) -> None:
+    def stepped(steps: int, score: float | None) -> None:
         nonlocal told
         if time.perf_counter() - told > _TELL_EVERY:
             told = time.perf_counter()
-            tell(TRAINING_SHARE * min(steps / total, 1), None)
+            tell(TRAINING_SHARE * min(steps / total, 1), score)
 
     if isinstance(agent, BaseAlgorithm):
-        recorder = Recorder(agent, total, str, run["checkpoints"], stepped)
+        recorder = Recorder(
+            agent,
+            total,
+            str,
+            run["checkpoints"],
+            lambda steps: stepped(steps, recorder.curve[-1][1] if recorder.curve else None),
+        )
         if not importlib.import_module("mmenvs_agents.sb3").train(agent, total, progress=False):
             raise KeyboardInterrupt
         policies = recorder.policies
@@ -166,14 +173,23 @@ def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
         env.close()
     elif run["agent"].partition(":")[0] == players.TRANSFORMER:
         marks = [total * share for share in run["checkpoints"]]
+        logged: dict[str, Any] = {}
+
+        class Latest(KVWriter):
+            def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+                logged.update(key_values)
+
+            def close(self) -> None:
+                pass
 
         def updated(agent: Any) -> bool:
-            stepped(agent.num_timesteps)
+            stepped(agent.num_timesteps, logged.get("rollout/ep_rew_mean"))
             while marks and agent.num_timesteps >= marks[0]:
                 marks.pop(0)
                 policies.append((agent.num_timesteps, _weights(agent)))
             return True
 
+        agent.logger = Logger(None, [Latest()])
         agent.learn(total, updated)
     else:
         if callable(getattr(agent, "learn", None)):
