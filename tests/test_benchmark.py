@@ -194,6 +194,11 @@ def test_a_plan_comes_back(tmp_path):
         ({"embeddings": ("cnn",)}, ValueError, r"must be '<encoder>\+<fusion>'"),
         ({"embeddings": ("cnn+best",)}, ValueError, "the fusion in 'cnn\\+best' must be one of"),
         ({"seeds": 0}, ValueError, "seeds must be from 1"),
+        (
+            {"suite": "audio", "embeddings": ("gru+concat", "cnn+concat")},
+            ValueError,
+            "'gru.concat' and 'cnn.concat' are the same network on every task of audio-v0",
+        ),
         ({"episodes": 7}, ValueError, "episodes must be from 8"),
         ({"agents": ("policy:json",)}, ValueError, "policy must be 'module:Class' or 'hf:MODEL'"),
         ({"agents": ("policy:json:nothing",)}, ImportError, "module 'json' has no 'nothing'"),

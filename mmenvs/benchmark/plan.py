@@ -64,9 +64,14 @@ class Plan:
         if not self.embeddings:
             raise ValueError("embeddings must name at least one, such as 'cnn+concat'")
         spaces = {task: space_of(task.id, {"difficulty": task.difficulty}) for task in suite.tasks}
-        for task in suite.tasks:
-            for embedding in self.embeddings:
-                plan(embedding, task.id, {"difficulty": task.difficulty})
+        meant: dict[str, str] = {}
+        for embedding in self.embeddings:
+            plans = [plan(embedding, task.id, {"difficulty": task.difficulty}) for task in suite.tasks]
+            same = meant.setdefault(repr(plans), embedding)
+            if same != embedding:
+                raise ValueError(
+                    f"embeddings {same!r} and {embedding!r} are the same network on every task of {suite.name}"
+                )
         return [
             {
                 "suite": suite.name,
