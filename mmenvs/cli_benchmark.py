@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
+from rich.text import Text
 
 from mmenvs.cli import Device, Id, app, parse_difficulty, parse_list, parse_steps, user_errors
 
@@ -72,7 +73,7 @@ def benchmark(
 ) -> None:
     """Run a suite: agents x embeddings x tasks x seeds. --resume does what is missing, and what failed again."""
     from mmenvs.benchmark import players, runner
-    from mmenvs.benchmark.plan import Plan
+    from mmenvs.benchmark.plan import NAME, Plan
     from mmenvs.benchmark.summary import count
 
     with user_errors():
@@ -107,7 +108,8 @@ def benchmark(
             else:
                 failed = runner.benchmark(plan, folder, watcher=runner.Lines(typer.echo), **options)
         except KeyboardInterrupt:
-            typer.echo(f"stopped early; 'mmenvs benchmark --resume {folder}' goes on")
+            begun = (folder / NAME).exists()
+            typer.echo(f"stopped early; 'mmenvs benchmark --resume {folder}' goes on" if begun else "stopped")
             raise typer.Exit(130) from None
     typer.echo(f"next: mmenvs report {folder} --out report/")
     if failed:
@@ -212,11 +214,12 @@ class LiveTable:
         )
         title = f"{self.number} of {self.total} runs, about {_duration(left)} left"
         table = Table("run", Column("", width=24), "left", "score", title=title)
+        # Names and messages are text, whatever brackets and colons are in them.
         for name, result in self.finished:
-            table.add_row(name, "", "", result)
+            table.add_row(Text(name), "", "", Text(result))
         for key, event in self.running.items():
             table.add_row(
-                run_name(event.run),
+                Text(run_name(event.run)),
                 ProgressBar(total=1.0, completed=event.share, width=24),
                 _duration(self._left(key, event)),
                 "" if event.score is None else f"{event.score:.3f}",

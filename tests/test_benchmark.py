@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from mmenvs.benchmark import board as boards
 from mmenvs.benchmark import episodes, job, players, results, runner, store
 from mmenvs.benchmark.plan import Plan
-from mmenvs.benchmark.pool import Done, Progress
+from mmenvs.benchmark.pool import Done, Progress, failed
 from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask, suite_named
 from mmenvs.cli import app
@@ -171,6 +171,9 @@ def test_a_plan_comes_back(tmp_path):
     for broken in (
         '{"agents": 3, "embeddings": []}',
         '{"surprise": 1, "agents": [], "embeddings": []}',
+        '{"format": 1, "agents": "ppo", "embeddings": []}',
+        '{"format": 99, "agents": [], "embeddings": []}',
+        '{"format": 1, "agents": [], "embeddings": [], "seeds": "x"}',
         "[]",
         "{",
     ):
@@ -194,6 +197,8 @@ def test_a_plan_comes_back(tmp_path):
         ({"embeddings": ("cnn",)}, ValueError, r"must be '<encoder>\+<fusion>'"),
         ({"embeddings": ("cnn+best",)}, ValueError, "the fusion in 'cnn\\+best' must be one of"),
         ({"seeds": 0}, ValueError, "seeds must be from 1"),
+        ({"suite": "audio", "agents": ("blind:text",)}, ValueError, "'blind:text' fits none of audio-v0"),
+        ({"embeddings": ("joint:/no/where+concat",)}, FileNotFoundError, "there is no '/no/where'"),
         (
             {"suite": "audio", "embeddings": ("gru+concat", "cnn+concat")},
             ValueError,
@@ -309,6 +314,17 @@ def test_a_trigger_of_others_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="is no store of a benchmark: it holds swallow"):
         Store(tmp_path, write=True)
+
+
+def test_a_database_of_others_stays_as_it_is(tmp_path):
+    path = tmp_path / "results.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE customers (name TEXT)")
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is no store of a benchmark: it holds customers"):
+        Store(tmp_path, write=True)
+    assert path.read_bytes() == before
 
 
 def test_a_view_in_place_of_the_table_is_refused(tmp_path):
@@ -691,8 +707,10 @@ def test_live_table():
         table.progress(Progress(run, 0.5, None))
         table.progress(Progress(run, 0.9, 0.25))
         table.done(Done(other, bench_runs.rows_of(other, 1.0), 7.0))
+        table.done(failed({**other, "agent": "policy:m:P"}, 7.0, "ValueError", "[batch, 3] [/b]"))
     text = table.live.console.export_text()
-    assert "4 of 12 runs, about" in text and "0.250" in text
+    assert "5 of 12 runs, about" in text and "0.250" in text
+    assert "policy:m:P" in text and "ValueError: [batch, 3] [/b]" in text
     assert re.search(r"difficulty 1: ppo, cnn\+concat, seed 0 .* 1.000  \(7 s\)", text)
 
 

@@ -353,8 +353,11 @@ def test_an_object_as_a_policy_begins_each_run_anew():
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("broken_policy.py").write_text("class A")
-    for policy in ("broken_policy:A", ".broken_policy:A"):
-        with pytest.raises(ImportError, match=r"broken_policy' can't be imported: (Syntax|Type)Error"):
+    Path("ended_policy.py").write_text("import sys; sys.exit(0)")
+    for policy in ("broken_policy:A", ".broken_policy:A", "ended_policy:A"):
+        with pytest.raises(
+            ImportError, match=r"_policy' can't be imported: (SyntaxError|TypeError|SystemExit)"
+        ):
             Plan(agents=(f"policy:{policy}",)).runs()
 
 

@@ -182,6 +182,8 @@ def plan(embedding: str, id: str, env_kwargs: Mapping[str, Any] | None = None) -
     known = tuple(dict.fromkeys(itertools.chain(*ENCODERS.values())))
     if not encoder.startswith((PREFIX, HUGGING_FACE)):
         one_of(f"the encoder in {embedding!r}", encoder, known)
+    if encoder.startswith(PREFIX) and not Path(encoder.removeprefix(PREFIX)).exists():
+        raise FileNotFoundError(f"there is no {encoder.removeprefix(PREFIX)!r}, which {embedding!r} names")
     one_of(f"the fusion in {embedding!r}", fusion, tuple(FUSIONS))
     space = space_of(id, env_kwargs or {})
     defaults = {name: next(iter(ENCODERS[modality_of(part)])) for name, part in space.items()}

@@ -15,6 +15,7 @@ from mmenvs.checks import integer_in
 from mmenvs.files import replacing
 
 NAME = "benchmark.json"
+FORMAT = 1
 Run = dict[str, Any]
 
 
@@ -72,6 +73,9 @@ class Plan:
                 raise ValueError(
                     f"embeddings {same!r} and {embedding!r} are the same network on every task of {suite.name}"
                 )
+        for name in names:
+            if not any(players.plays(name, space) for space in spaces.values()) and name in self.agents:
+                raise ValueError(f"agents must each fit a task, {name!r} fits none of {suite.name}")
         return [
             {
                 "suite": suite.name,
@@ -103,7 +107,7 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Leave it in ``folder`` for ``--resume``."""
         with replacing(folder / NAME) as file:
-            file.write_text(json.dumps({"format": 1, **asdict(self)}, indent=2))
+            file.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -119,10 +123,19 @@ class Plan:
         try:
             found: Mapping[str, Any] = json.loads(path.read_text())
             fields = {key: value for key, value in found.items() if key != "format"}
+            if found["format"] != FORMAT:
+                raise ValueError(f"its format is {found['format']!r}, this version reads {FORMAT}")
             for key in ("agents", "embeddings"):
-                if not all(isinstance(name, str) for name in fields[key]):
-                    raise ValueError(f"{key} must hold names")
+                if not isinstance(fields[key], list) or not all(
+                    isinstance(name, str) for name in fields[key]
+                ):
+                    raise ValueError(f"{key} must be a list of names")
                 fields[key] = tuple(fields[key])
+            for key, value in fields.items():
+                if key in ("seeds", "steps", "episodes") and not isinstance(value, int | None):
+                    raise ValueError(f"{key} must be a whole number or null, got {value!r}")
+                if key in ("suite", "device") and not isinstance(value, str):
+                    raise ValueError(f"{key} must be a name, got {value!r}")
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is no plan of a benchmark: {error}") from None

@@ -153,7 +153,7 @@ def policy_class(name: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise ImportError(
             f"policy: module {module!r} can't be imported: {type(error).__name__}: {error}"
         ) from error

@@ -81,15 +81,15 @@ class Store:
         # Views and triggers of a file from elsewhere must not call functions.
         self.database.execute("PRAGMA trusted_schema=OFF")
         if write:
-            self.database.execute("PRAGMA journal_mode=WAL")
-            self.database.execute("PRAGMA synchronous=FULL")
-            self.database.executescript(_SCHEMA)
-            # Triggers of a file from elsewhere could swallow rows.
+            # What is somebody else's stays as it is; and its triggers could swallow rows.
             with closing(sqlite3.connect(":memory:")) as ours:
                 ours.executescript(_SCHEMA)
                 foreign = _objects(self.database) - _objects(ours)
             if foreign:
                 raise sqlite3.DatabaseError(f"it holds {', '.join(sorted(name for name, _ in foreign))}")
+            self.database.execute("PRAGMA journal_mode=WAL")
+            self.database.execute("PRAGMA synchronous=FULL")
+            self.database.executescript(_SCHEMA)
         tables = self.database.execute("SELECT type FROM sqlite_schema WHERE name = 'rows'").fetchall()
         if tables != [("table",)]:
             raise sqlite3.DatabaseError("it has no table of rows")
