@@ -140,7 +140,8 @@ def figures(board: Board) -> dict[str, str]:
     trained = set(board.trained())
     ranked = [agent for agent in board.ranked if agent in trained][:_COMPARED]
     drawn = [agent for agent in board.agents if agent in {*ranked, *board.unranked[:_COMPARED]} & trained]
-    look = plots.styles(drawn)
+    # The ranked ones first, as there are fewer colours than agents and bars have no dashes.
+    look = plots.styles([*ranked, *(agent for agent in drawn if agent not in ranked)])
     found: dict[str, str] = {}
     if ranked:
         shown = ranked[: len(plots.COLOURS)]  # bars of more can't be told apart
