@@ -58,10 +58,10 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
         ValueError: if the store is damaged or holds no finished run, or ``out`` can't be written to.
     """
     folder = Path(folder)
-    plan = Plan.load(folder) if (folder / NAME).is_file() else None
-    planned = None if plan is None else plan.the_suite()
-    suite = None if planned is None else planned.name
-    seeds = None if plan is None or planned is None else plan.seeds or planned.seeds
+    suite = seeds = None
+    if (folder / NAME).is_file():
+        plan = Plan.load(folder)
+        suite, seeds = plan.the_suite().name, plan.seeds or plan.the_suite().seeds
     with Store(folder) as store:
         board = read(store, suite)
     sections = tables(board)

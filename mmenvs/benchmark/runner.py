@@ -166,10 +166,8 @@ def benchmark(
                 }
                 try:
                     store.append([{**row, "provenance": about} for row in event.rows])
-                except (
-                    ValueError,
-                    OverflowError,
-                ) as error:  # such as a step that is no number of the store's
+                except (ValueError, OverflowError) as error:
+                    # The store refuses it, such as a step that is too large a number.
                     event = pool.failed(event.run, event.seconds, type(error).__name__, str(error))
                     store.append([{**row, "provenance": about} for row in event.rows])
                 failed += "error" in event.rows[-1]
