@@ -55,7 +55,8 @@ def train(
     fusion: Annotated[
         str | None,
         typer.Option(
-            help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared."
+            help="cross_attention (default), transformer, concat, weighted_sum, gated, low_rank_bilinear, film, shared. "
+            "Of the transformer agent, beside its trunk: concat (default) or another of these, or attention, the trunk alone."
         ),
     ] = None,
     encoder: Annotated[
@@ -270,11 +271,7 @@ def make_agent(
     arguments["env_kwargs"] = {**env_kwargs, **opened}
     one_of("agent", algo, (*agents("recipes").RECIPES, TRANSFORMER))
     if algo == TRANSFORMER:
-        if fusion is not None:
-            raise ValueError(
-                f"fusion is the transformer's own attention with --agent transformer, got {fusion!r}"
-            )
-        model = make_transformer(id, num_envs, own, arguments)
+        model = make_transformer(id, num_envs, {**own, "fusion": fusion}, arguments)
     else:
         own = dict(own)
         if own.pop("curriculum", False):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmenvs_agents.transformer.actions import action_head
 from mmenvs_agents.transformer.model import SIZES, Cache, Episodes, ModelConfig, TransformerPolicy
 
+from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.registry import SPECS
 
 TINY = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, hidden=32, token_width=16)
@@ -39,9 +40,9 @@ LAYOUTS = {
 }
 
 
-def make_policy(layout="both", actions="discrete", seed=0):
+def make_policy(layout="both", actions="discrete", seed=0, fusion="concat"):
     torch.manual_seed(seed)
-    policy = TransformerPolicy(SPACE, ACTIONS[actions], TINY, LAYOUTS[layout], ("said",))
+    policy = TransformerPolicy(SPACE, ACTIONS[actions], TINY, LAYOUTS[layout], ("said",), fusion=fusion)
     torch.nn.init.normal_(policy.actor.out.weight, std=0.3)
     torch.nn.init.normal_(policy.critic.weight, std=0.3)
     return policy
@@ -94,15 +95,19 @@ def played(policy, episodes, cache=None):
 def test_sizes_have_the_parameters_they_say(size, millions):
     env = gym.make("MMRL/VQA-v0")
     policy = TransformerPolicy(env.observation_space, env.action_space, SIZES[size], ("image", "question"))
+    assert not policy.fusions
     count = sum(parameter.numel() for parameter in policy.parameters())
     assert 0.85 * millions < count / 1e6 < 1.1 * millions
     assert not list(policy.extractor.fusion.parameters())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("actions", ACTIONS)
-def test_steps_with_a_cache_equal_the_whole_pass(layout, actions):
-    policy = make_policy(layout, actions)
+@pytest.mark.parametrize(
+    ("actions", "fusion"),
+    [*((actions, "concat") for actions in ACTIONS), *(("discrete", name) for name in ("attention", *FUSIONS))],
+)
+def test_steps_with_a_cache_equal_the_whole_pass(layout, actions, fusion):
+    policy = make_policy(layout, actions, fusion=fusion)
     episodes = make_episodes(policy, [5, 1, 3, 5])
     described, values = policy(episodes)
     assert described.shape == (4, 5, policy.actor.outputs) and values.shape == (4, 5)
@@ -112,6 +117,34 @@ def test_steps_with_a_cache_equal_the_whole_pass(layout, actions):
     torch.testing.assert_close(whole, cached, atol=1e-5, rtol=1e-5 if actions == "box" else 0)
     torch.testing.assert_close(values[valid], stepped_values[valid], atol=1e-5, rtol=0)
     assert values[valid].std() > 0.05  # they would agree on a constant, too
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_comes_together_is_fused_beside_the_trunk(layout):
+    """The fixed observations once, the changing ones in each step; the heads read it, so that it learns."""
+    policy, without = make_policy(layout), make_policy(layout, fusion="attention")
+    expected = {"fixed": {"fixed"}, "both": {"fixed", "changing"}, "none": {"changing"}}[layout]
+    assert set(policy.fusions) == expected and not without.fusions
+    without.load_state_dict({name: policy.state_dict()[name] for name in without.state_dict()})
+    episodes = make_episodes(policy, [3, 2])
+    values, plain = policy(episodes)[1], without(episodes)[1]
+    assert (values - plain)[episodes.valid].abs().min() > 1e-3
+    values[episodes.valid].square().sum().backward()
+    assert all(weight.grad.abs().max() > 0 for weight in policy.fusions.parameters())
+
+
+def test_one_observation_has_nothing_to_be_fused_with():
+    space = spaces.Dict({"picture": SPACE["picture"], "said": SPACE["said"]})
+    policies = []
+    for fusion in ("attention", "concat"):
+        torch.manual_seed(0)
+        policies.append(
+            TransformerPolicy(space, ACTIONS["discrete"], TINY, ("picture",), ("said",), fusion=fusion)
+        )
+        torch.nn.init.normal_(policies[-1].critic.weight, std=0.3)
+    episodes = make_episodes(policies[0], [4, 2])
+    without, fused = (policy(episodes)[1] for policy in policies)
+    assert torch.equal(without, fused) and policies[0].state_dict().keys() == policies[1].state_dict().keys()
 
 
 def test_weights_in_half_precision_are_cast_once_in_a_rollout_and_anew_when_they_change():
@@ -305,6 +338,8 @@ def test_what_does_not_fit_is_refused():
         TransformerPolicy(SPACE, ACTIONS["box"], TINY, ("sound",))
     with pytest.raises(ValueError, match="history must leave"):
         TransformerPolicy(SPACE, ACTIONS["box"], TINY, (), tuple(SPACE))
+    with pytest.raises(ValueError, match="fusion must be one of 'concat', 'weighted_sum'"):
+        TransformerPolicy(SPACE, ACTIONS["box"], TINY, fusion="glue")
 
 
 @pytest.mark.slow

@@ -239,6 +239,8 @@ def damaged(folder, change):
         (lambda d: d["settings"]["model"].update(depth=64), "damaged"),
         (lambda d: d["settings"]["recipe"].update(gamma=2.0), "gamma must be from 0 to 1"),
         (lambda d: d["settings"].update(precision="int4"), "precision"),
+        (lambda d: d["settings"].update(fusion="glue"), "fusion must be one of"),
+        (lambda d: d["settings"].update(fusion="film"), "don't fit"),
         (lambda d: d["settings"].update(encoders={"image": "nothing"}), "nothing"),
         (lambda d: d.update(padding="x" * 2**20), "bytes"),
     ],
@@ -248,6 +250,15 @@ def test_bad_checkpoints(tmp_path, change, message):
     damaged(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         TransformerAgent.load(tmp_path, device="cpu")
+
+
+def test_agents_of_before_there_was_a_fusion_have_none(tmp_path):
+    agent = make_agent(fusion="attention")
+    agent.learn(32, out=tmp_path)
+    damaged(tmp_path, lambda document: document["settings"].pop("fusion"))
+    assert_same(TransformerAgent.load(tmp_path, device="cpu"), agent)
+    begun = TransformerAgent(VQA, init=tmp_path, device="cpu", env_kwargs=SMALL)
+    assert begun.settings.fusion == "attention"
 
 
 def test_missing_and_broken_files(tmp_path):

@@ -30,7 +30,7 @@ def test_train_resume_evaluate_show(tmp_path):
     assert "after 128 steps" in run(*common, "--steps", 128, "--resume")
     assert "go on with 'train --resume'" in run(*common, code=2)
     assert "over the 128 already done" in run(*common, "--steps", 100, "--resume", code=2)
-    for option, value in (("--size", "small"), ("--difficulty", 2), ("--seed", 7), ("--fusion", "concat")):
+    for option, value in (("--size", "small"), ("--difficulty", 2), ("--seed", 7), ("--fusion", "film")):
         assert f"of the agent in '{out}' is" in run(*common, "--resume", option, value, code=2)
     assert len(list(out.glob("progress_*.csv"))) == 2 and list(out.glob("events*"))
     said = run("evaluate", out, "--episodes", 20, "--device", "cpu", "--json")
@@ -63,7 +63,7 @@ def test_captions_are_trained_and_evaluated_too(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--agent", "transformer", "--fusion", "concat"), "fusion is the transformer's own attention"),
+        (("--agent", "transformer", "--fusion", "glue"), "fusion must be one of 'concat', 'weighted_sum'"),
         (("--agent", "transformer", "--size", "huge"), "size must be one of nano, small, base"),
         (("--agent", "ppo", "--size", "nano"), "size is of --agent transformer"),
         (("--agent", "ppo", "--compile"), "compile is of --agent transformer"),

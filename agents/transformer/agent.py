@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.extractor import Precision
+from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.interrupts import asked_to_stop
@@ -31,7 +32,7 @@ from .checkpoint import Settings
 from .devices import Devices, check_compile
 from .imitation import EpisodeMemory
 from .learning import Anchor, Recipe, check_group, log_probs_of
-from .model import SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
+from .model import ATTENTION, SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
 from .ppo import PPORecipe
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Envs, Rollout, as_tensors, batched, check_envs
@@ -48,8 +49,6 @@ class Playing:
 class TransformerAgent:
     """A decoder-only multimodal transformer that learns an environment.
 
-    There is no ``fusion`` to choose: the transformer's attention is the fusion.
-
     Args:
         env: id of this suite, or a Gymnasium vector environment with ``SAME_STEP`` autoreset and flat ``Dict``
             observations.
@@ -59,6 +58,9 @@ class TransformerAgent:
             ``"dpo"``, or ``"supervised"``, which clones the oracle.
         encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`;
             None is those of ``init``, or the defaults.
+        fusion: how observations that come together are fused beside the transformer, ``"concat"`` or another name in
+            :data:`mmenvs.embeddings.FUSIONS`; or ``"attention"``, the transformer's own alone. A single observation
+            has nothing to be fused with. None is that of ``init``, or ``"concat"``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Under ``accelerate launch`` each process makes the same agent, has
             its own device and plays its share of the rows; a vector environment is the share of its process.
         seed: of weights, actions and episodes.
@@ -99,6 +101,7 @@ class TransformerAgent:
         *,
         method: str = "ppo",
         encoders: Mapping[str, str | Pretrained] | None = None,
+        fusion: str | None = None,
         device: str = "auto",
         seed: int = 0,
         env_kwargs: Mapping[str, Any] | None = None,
@@ -134,16 +137,19 @@ class TransformerAgent:
             raise ValueError("restraints are for reinforcement learning, method='supervised' has no reward")
         started = {} if init is None else saving.policy_settings(init)
         if init is not None:
-            for name, value in (("size", size), ("encoders", encoders), ("backbone", backbone)):
+            policy = {"size": size, "encoders": encoders, "backbone": backbone, "fusion": fusion}
+            for name, value in policy.items():
                 if value is not None:
                     raise ValueError(f"{name} is that of the agent in init={str(init)!r}, got {value!r}")
             size, encoders, backbone = started["model"], started["encoders"], started["backbone"]
+            fusion = started["fusion"]
             temperature = started["temperature"] if temperature is None else temperature
         temperature = 1.0 if temperature is None else temperature
         size = size or "nano"
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
         check_encoders(encoders)
+        fusion = one_of("fusion", "concat" if fusion is None else fusion, (*FUSIONS, ATTENTION))
         if lora and (backbone is None or isinstance(backbone, Backbone)):
             raise ValueError(
                 f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}"
@@ -195,6 +201,7 @@ class TransformerAgent:
             backbone=backbone,
             curriculum=curriculum,
             temperature=float(temperature),
+            fusion=fusion,
         )
         self.observation_space, self.action_space = seen, envs.single_action_space
         settings = self.settings
@@ -203,7 +210,7 @@ class TransformerAgent:
             torch.manual_seed(seed)
             self.policy = TransformerPolicy(
                 seen, self.action_space, settings.model, settings.fixed, settings.history,
-                settings.encoders, settings.precision, settings.backbone,
+                settings.encoders, settings.precision, settings.backbone, settings.fusion,
             ).to(self.device)  # fmt: skip
         self.policy.actor.temperature = settings.temperature
         if init is not None:

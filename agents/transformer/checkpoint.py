@@ -22,7 +22,7 @@ from mmenvs.files import replacing
 
 from ..curriculum import Curriculum
 from .learning import Recipe
-from .model import SIZES, Backbone, ModelConfig
+from .model import ATTENTION, SIZES, Backbone, ModelConfig
 from .restraints import Restraints
 
 FORMAT = 2
@@ -47,6 +47,7 @@ class Settings:
         algo: how the command line names this agent.
         backbone: language model in the trunk's place, with its configuration.
         temperature: of the policy.
+        fusion: beside the transformer; agents saved before there was one have none.
         curriculum: how the difficulty rises to that in ``env_kwargs``.
     """
 
@@ -65,6 +66,7 @@ class Settings:
     backbone: Backbone | None = None
     curriculum: Curriculum | None = None
     temperature: float = 1.0
+    fusion: str = ATTENTION
 
     @property
     def size(self) -> str | ModelConfig:

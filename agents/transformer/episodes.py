@@ -89,6 +89,7 @@ class Cache:
         valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
         position: ``(rows,)`` int64, the rotary position of the next token.
         length: ``(rows,)`` int64 on the CPU, steps taken.
+        fused: ``(rows, width)``, what the fixed observations are fused to.
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class Cache:
         valid: Tensor,
         position: Tensor,
         length: Tensor,
+        fused: Tensor,
         halved: Halved | None = None,
     ) -> None:
         self.keys, self.values, self.valid = keys, values, valid
-        self.position, self.length, self.halved = position, length, halved
+        self.position, self.length, self.fused, self.halved = position, length, fused, halved
 
     @property
     def rows(self) -> int:
@@ -111,7 +113,7 @@ class Cache:
         """A copy of ``rows``, ``(b,)`` int64, each as often as it is named: a group of answers to one prompt."""
         at = rows.to(self.keys.device)
         copied = self.keys[:, at], self.values[:, at], self.valid[at], self.position[at]
-        return Cache(*copied, self.length[rows.cpu()], self.halved)
+        return Cache(*copied, self.length[rows.cpu()], self.fused[at], self.halved)
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` a row; doubling keeps it rare."""

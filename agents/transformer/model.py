@@ -11,6 +11,11 @@ learned one at the start). This last token is where the step is read: the action
 on it. Observations that only repeat the actions so far have no tokens. So a question about a picture is a
 prefix and one token, and a caption is the picture and one token a word.
 
+Where several observations come together, a fusion also makes one vector of their tokens, as it does for the other
+agents, and the heads read it added to the trunk's: a shallow path past the deep one, which learns from fewer
+episodes (Cheng et al. 2016, "Wide and deep learning"). The fixed ones are fused once an episode, the changing ones
+in each step.
+
 Three calls, and all that an algorithm needs::
 
     described, values = policy(episodes)                                  # whole episodes in one pass, for updates
@@ -34,6 +39,7 @@ from torch import Tensor, nn
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings.base import Fusion, Tokens
 from mmenvs.embeddings.extractor import Extractor, Precision
+from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.pretrained import Pretrained
 
 from .actions import action_head
@@ -169,8 +175,11 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+ATTENTION = "attention"  # no fusion beside the transformer's own attention
+
+
 class NoFusion(Fusion):
-    """The transformer's own attention fuses the modalities, so its extractor has nothing to."""
+    """The policy fuses what comes together by itself, so its extractor has nothing to."""
 
     def forward(self, tokens: Tokens, masks: Tokens) -> Tensor:
         raise TypeError("a transformer policy takes the tokens of its extractor, not its features")
@@ -189,10 +198,13 @@ class TransformerPolicy(nn.Module):
         precision: ``"bfloat16"`` multiplies in half precision. Weights, attention on CPUs, distributions and
             values stay float32.
         backbone: a language model in the trunk's place; of ``config`` only ``token_width`` counts then.
+        fusion: a name in ``FUSIONS``: how observations that come together are fused beside the trunk; or
+            ``"attention"``, which leaves all to the trunk.
 
     Attributes:
         actor: the :class:`~mmenvs_agents.transformer.actions.ActionHead`.
         critic: the value head, a linear layer.
+        fusions: ``"fixed"`` and ``"changing"``, where there are two such observations or more.
         width: of the trunk's tokens and hidden states.
         backbone: the :class:`~mmenvs_agents.transformer.backbone.BackboneTrunk`, or None with ``blocks`` and ``norm``.
         prefix_tokens, step_tokens: P and S of the module's page, with padding.
@@ -213,6 +225,7 @@ class TransformerPolicy(nn.Module):
         encoders: Mapping[str, str | Pretrained | nn.Module] | None = None,
         precision: Precision = "float32",
         backbone: Backbone | None = None,
+        fusion: str = ATTENTION,
     ) -> None:
         super().__init__()
         if not isinstance(observation_space, spaces.Dict):
@@ -221,6 +234,7 @@ class TransformerPolicy(nn.Module):
                 "gymnasium.wrappers.TransformObservation makes one"
             )
         one_of("precision", precision, ("float32", "bfloat16"))
+        one_of("fusion", fusion, (*FUSIONS, ATTENTION))
         self.config, self.precision = config, precision
         self.observation_space, self.action_space = observation_space, action_space
         for argument, names in (("fixed", fixed := tuple(fixed)), ("history", history := tuple(history))):
@@ -254,6 +268,12 @@ class TransformerPolicy(nn.Module):
         nn.init.zeros_(self.critic.weight)
         nn.init.zeros_(self.critic.bias)
         size = config.width // config.heads
+        # Last, so that the other weights are drawn as without them.
+        self.fusions = nn.ModuleDict()
+        for kind, names in (("fixed", self.fixed), ("changing", self.changing)):
+            if fusion != ATTENTION and len(names) > 1:
+                parts = {name: lengths[name] for name in names}
+                self.fusions[kind] = FUSIONS[fusion](parts, config.token_width, self.width)
         turns = float(config.rope_base) ** (-torch.arange(0, size, 2) / size)
         self.register_buffer("turns", turns, persistent=False)
         # Unbound, so that a copy of the policy runs its own weights.
@@ -277,13 +297,13 @@ class TransformerPolicy(nn.Module):
         """
         batch, time = episodes.valid.shape
         fixed = {name: x[::group] for name, x in episodes.fixed.items()}
-        prefix, prefix_valid = self._prefix(fixed, batch // group)  # (B / G, P, width)
+        prefix, prefix_valid, fused = self._prefix(fixed, batch // group)  # (B / G, P, width)
         first = torch.zeros_like(episodes.valid)
         first[:, 0] = True
         previous = episodes.actions.roll(1, 1)
         # Padding may hold anything, also what is no action.
         previous = torch.where(episodes.valid.unsqueeze(-1) & ~first.unsqueeze(-1), previous, 0)
-        steps, steps_valid = self._steps(episodes.steps, previous, first, episodes.valid)
+        steps, steps_valid, steps_fused = self._steps(episodes.steps, previous, first, episodes.valid)
         order = steps_valid.cumsum(1).unflatten(0, (-1, group))  # (B / G, G, T S)
         order = prefix_valid.sum(1)[:, None, None] + order
         positions = torch.cat([prefix_valid.cumsum(1), order.flatten(1)], 1).sub(1).clamp(min=0)
@@ -296,6 +316,7 @@ class TransformerPolicy(nn.Module):
         seen &= (place < start) | (answer == answer[:, None])
         read = slice(start + self.step_tokens - 1, None, self.step_tokens)
         hidden = self._whole(self, x, positions, valid[:, None] & seen, read).reshape(batch, time, -1)
+        hidden = hidden + steps_fused + fused.repeat_interleave(group, 0).unsqueeze(1)
         return self.actor(hidden, episodes.masks), self._value(hidden)
 
     def compile_trunk(self) -> None:
@@ -317,8 +338,10 @@ class TransformerPolicy(nn.Module):
         valid = torch.zeros((rows, slots), dtype=torch.bool, device=self.device)
         position = torch.zeros(rows, dtype=torch.int64, device=self.device)
         length = torch.zeros(rows, dtype=torch.int64)
+        fused = torch.zeros((rows, self.width), device=self.device)
         cast = rollout and self.precision == "bfloat16" and self.backbone is None
-        return Cache(keys, torch.zeros_like(keys), valid, position, length, Halved() if cast else None)
+        values = torch.zeros_like(keys)
+        return Cache(keys, values, valid, position, length, fused, Halved() if cast else None)
 
     @torch.no_grad()
     def step(
@@ -359,11 +382,11 @@ class TransformerPolicy(nn.Module):
         first = torch.full((len(rows), 1), begins, device=device)
         changing = {name: observation[name].unsqueeze(1) for name in self.changing}
         previous = torch.zeros_like(previous) if begins else previous
-        x, valid = self._steps(changing, previous.unsqueeze(1), first, torch.ones_like(first))
+        x, valid, fused = self._steps(changing, previous.unsqueeze(1), first, torch.ones_like(first))
         here = torch.arange(self.step_tokens, device=device)
         if begins:
             cache.length[rows], cache.position[at], cache.valid[at] = 0, 0, False
-            prefix, prefix_valid = self._prefix(observation, len(rows))
+            prefix, prefix_valid, cache.fused[at] = self._prefix(observation, len(rows))
             x, valid = torch.cat([prefix, x], 1), torch.cat([prefix_valid, valid], 1)
             here = torch.cat([torch.arange(prefix.shape[1], device=device), self.prefix_tokens + here])
             slots = here.expand(len(rows), -1)
@@ -383,7 +406,7 @@ class TransformerPolicy(nn.Module):
         hidden = self._trunk(x, positions, keys_valid[:, None] & seen, read, memory)
         cache.position[at] += valid.sum(1)
         cache.length[rows] += 1
-        return hidden.squeeze(1)
+        return (hidden + fused).squeeze(1) + cache.fused[at]
 
     def _trunk(
         self, x: Tensor, positions: Tensor, allowed: Tensor, read: slice, memory: Memory | None = None
@@ -409,20 +432,21 @@ class TransformerPolicy(nn.Module):
         cos, sin = turned.cos(), turned.sin()
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-    def _prefix(self, observation: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, P, width)`` of the fixed observations and their mask ``(B, P)``. Columns that are padding
-        in every row are left out, which changes nothing but the time it takes."""
+    def _prefix(self, observation: Mapping[str, Tensor], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(B, P, width)`` of the fixed observations, their mask ``(B, P)``, and what they are fused to,
+        ``(B, width)``. Columns that are padding in every row are left out, which changes nothing but the time it
+        takes."""
         if not self.fixed:
             empty = torch.zeros((rows, 0, self.width), device=self.device)
-            return empty, empty.new_zeros((rows, 0), dtype=torch.bool)
-        tokens, valid = self._tokens(observation, self.fixed, self.changing)
+            return empty, empty.new_zeros((rows, 0), dtype=torch.bool), empty.new_zeros((rows, self.width))
+        tokens, valid, fused = self._tokens(observation, "fixed")
         kept = valid.any(0)
-        return tokens[:, kept], valid[:, kept]
+        return tokens[:, kept], valid[:, kept], fused
 
     def _steps(
         self, observation: Mapping[str, Tensor], previous: Tensor, first: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, T S, width)`` of steps and their mask ``(B, T S)``.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(B, T S, width)`` of steps, their mask ``(B, T S)``, and what is fused, ``(B, T, width)``.
 
         Args:
             observation: ``{name: (B, T, ...)}`` of the changing observations.
@@ -432,20 +456,28 @@ class TransformerPolicy(nn.Module):
         """
         tokens = torch.where(first.unsqueeze(-1), self.start, self.actor.embed(previous)).unsqueeze(2)
         mask = valid.unsqueeze(2)  # (B, T, 1)
+        fused = tokens.new_zeros((*first.shape, self.width))
         if self.changing:
             flat = {name: observation[name].flatten(0, 1) for name in self.changing}
-            seen, seen_valid = self._tokens(flat, self.changing, self.fixed)
+            seen, seen_valid, seen_fused = self._tokens(flat, "changing")
             tokens = torch.cat([seen.unflatten(0, first.shape), tokens], 2)
             mask = torch.cat([seen_valid.unflatten(0, first.shape) & mask, mask], 2)
-        return tokens.flatten(1, 2), mask.flatten(1, 2)
+            fused = seen_fused.unflatten(0, first.shape)
+        return tokens.flatten(1, 2), mask.flatten(1, 2), fused
 
-    def _tokens(
-        self, observation: Mapping[str, Tensor], names: tuple[str, ...], others: tuple[str, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """The projected tokens of ``names``, one after the other, and their mask."""
+    def _tokens(self, observation: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The projected tokens of the ``"fixed"`` or ``"changing"`` observations, one after the other, their mask,
+        and what they are fused to, ``(B, width)`` float32: zeros without a fusion."""
+        names, others = (self.fixed, self.changing) if kind == "fixed" else (self.changing, self.fixed)
         tokens, masks = self.extractor.encode(observation, missing=others)
         projected = [cast(nn.Linear, self.project[name])(tokens[name]) for name in names]
-        return torch.cat(projected, 1), torch.cat([masks[name] for name in names], 1)
+        x = torch.cat(projected, 1)
+        fused = x.new_zeros((len(x), self.width))
+        if kind in self.fusions:
+            parts = [{name: part[name] for name in names} for part in (tokens, masks)]
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                fused = self.fusions[kind](*parts).float()
+        return x, torch.cat([masks[name] for name in names], 1), fused
 
     def _value(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.float(), self.critic.weight, self.critic.bias).squeeze(-1)

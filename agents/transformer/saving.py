@@ -21,7 +21,7 @@ from ..curriculum import Curriculum, Progress
 from . import checkpoint
 from .algorithms import RECIPES
 from .devices import check_compile
-from .model import Backbone, ModelConfig, TransformerPolicy
+from .model import ATTENTION, Backbone, ModelConfig, TransformerPolicy
 from .restraints import Restraints
 from .rollout import Envs
 
@@ -74,6 +74,7 @@ def load(
         found = settings.get("curriculum")
         curriculum = None if found is None or env is not None else Curriculum(**found)
         arguments["temperature"] = settings.get("temperature", 1.0)
+        arguments["fusion"] = settings.get("fusion", ATTENTION)
         progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
         if curriculum is not None:
             integer_in("level", progress.level, 0, curriculum.last)
@@ -116,7 +117,7 @@ def load(
 
 
 def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Size, encoders and backbone of the agent in ``folder``, as the class takes them."""
+    """What the class takes of the agent in ``folder`` to make its policy again."""
     settings, _, _ = checkpoint.read(folder)
     try:
         return {
@@ -124,6 +125,7 @@ def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "encoders": encoders_of(settings),
             "backbone": backbone_of(settings),
             "temperature": settings.get("temperature", 1.0),
+            "fusion": settings.get("fusion", ATTENTION),
         }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
