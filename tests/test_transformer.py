@@ -104,7 +104,10 @@ def test_sizes_have_the_parameters_they_say(size, millions):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("actions", "fusion"),
-    [*((actions, "concat") for actions in ACTIONS), *(("discrete", name) for name in ("attention", *FUSIONS))],
+    [
+        *((actions, "concat") for actions in ACTIONS),
+        *(("discrete", name) for name in ("attention", *FUSIONS)),
+    ],
 )
 def test_steps_with_a_cache_equal_the_whole_pass(layout, actions, fusion):
     policy = make_policy(layout, actions, fusion=fusion)

@@ -215,7 +215,9 @@ class BackboneTrunk(nn.Module):
         if not differs(self._run(other, positions, bias, None)[:, 0], whole[:, 0]):
             raise ValueError("its prefix can't be seen in both directions")
         store = torch.zeros(len(shapes.seen), 1, 5, heads, size)
-        cache = Cache(store, store.clone(), torch.ones(1, 5, dtype=torch.bool), positions, positions, store[0, :, :0])
+        cache = Cache(
+            store, store.clone(), torch.ones(1, 5, dtype=torch.bool), positions, positions, store[0, :, :0]
+        )
         row = torch.zeros(1, dtype=torch.int64)
         start = Memory(cache, row, place[None, :4], 4)
         self._run(x[:, :4], positions[:, :4], bias[:, :, :4, :4], _Keys(start))
