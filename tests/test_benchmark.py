@@ -390,6 +390,22 @@ def trained(request):
     return rows, job.execute({**run, "checkpoints": [0.25, 0.5]}, "cpu", lambda *_: None), told
 
 
+def test_what_is_all_that_an_agent_sees_is_dropped_too():
+    """Of a captioning task the transformer agent sees the picture; its words are its history. Blind agents see no more."""
+    plan = Plan(agents=("transformer:grpo", "blind"), seeds=1, steps=64, episodes=8)
+    runs = [run for run in plan.runs() if run["id"] == "MMRL/Captioning-v0" and run["difficulty"] == 0]
+    left = {}
+    for run in runs:
+        if run["agent"] in ("transformer:grpo", "blind:text", "blind:image"):
+            scores = job.execute({**run, "steps": 64, "checkpoints": []}, "cpu", lambda *_: None)[-1][
+                "scores"
+            ]
+            left[run["agent"]] = [name for name in scores if "without" in name]
+    assert left == {
+        "transformer:grpo": ["test/greedy/without image"], "blind:image": [], "blind:text": [],
+    }  # fmt: skip
+
+
 def test_a_run_repeats_to_the_bit(trained):
     rows, again, _ = trained
     for row, other in zip(rows, again, strict=True):

@@ -249,19 +249,21 @@ def _module(agent: Any) -> Any:
 
 
 def _dropped(agent: Any, checked: Any, run: Mapping[str, Any], episodes: int) -> dict[str, Any]:
-    """Test scores with each observation missing: masked where an extractor knows how, else zeros."""
+    """Test scores with each observation missing: masked where an extractor sees others too, else zeros."""
     policy = _module(agent)
     extractor = None if policy is None else extractor_in(policy)
     space = space_of(run["id"], {"difficulty": run["difficulty"]})
     seen = tuple(space) if extractor is None else extractor.visible
     found = {}
     for key in space:
-        if key in seen and len(seen) > 1:
-            player, wrap = checked, partial(VectorPerturbObservation, name="drop", modality=key)  # type: Any, Any
-            if extractor is not None:
-                player, wrap = Checked(partial(without, agent, (key,)), run["agent"], checked.tell), None
-            score = _without_returns(_score(player, run, "test", episodes, wrap=wrap))
-            found[f"test/greedy/without {key}"] = score
+        alone = len(seen) == 1
+        if key not in seen or (alone and run["agent"].startswith(players.BLIND)):
+            continue
+        player, wrap = checked, partial(VectorPerturbObservation, name="drop", modality=key)  # type: Any, Any
+        if extractor is not None and not alone:
+            player, wrap = Checked(partial(without, agent, (key,)), run["agent"], checked.tell), None
+        score = _without_returns(_score(player, run, "test", episodes, wrap=wrap))
+        found[f"test/greedy/without {key}"] = score
     return found
 
 
