@@ -35,7 +35,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from mmenvs_agents.transformer import grpo
 from mmenvs_agents.transformer.agent import TransformerAgent
-from mmenvs_agents.transformer.model import SIZES, Backbone, Episodes, ModelConfig, TransformerPolicy
+from mmenvs_agents.transformer.config import SIZES, Backbone, ModelConfig
+from mmenvs_agents.transformer.model import Episodes, TransformerPolicy
 from mmenvs_agents.transformer.rollout import collect
 from torch import Tensor
 

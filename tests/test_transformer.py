@@ -12,7 +12,8 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmenvs_agents.transformer.actions import action_head
-from mmenvs_agents.transformer.model import SIZES, Cache, Episodes, ModelConfig, TransformerPolicy
+from mmenvs_agents.transformer.config import SIZES, ModelConfig
+from mmenvs_agents.transformer.model import Cache, Episodes, TransformerPolicy
 
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.registry import SPECS

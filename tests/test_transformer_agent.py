@@ -149,7 +149,7 @@ def test_a_checkpoint_amid_a_rollout_is_that_of_its_beginning(tmp_path):
 KILLED = """
 import sys
 from mmenvs_agents.transformer.agent import TransformerAgent
-from mmenvs_agents.transformer.model import ModelConfig
+from mmenvs_agents.transformer.config import ModelConfig
 from mmenvs_agents.transformer.ppo import PPORecipe
 agent = TransformerAgent("MMRL/VQA-v0", ModelConfig(**{model}), recipe=PPORecipe(**{recipe}), device="cpu",
                          precision="float32", env_kwargs={{"image_size": 32}})

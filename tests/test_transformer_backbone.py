@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from mmenvs_agents.transformer.agent import TransformerAgent
-from mmenvs_agents.transformer.model import Backbone
+from mmenvs_agents.transformer.config import Backbone
 from typer.testing import CliRunner
 
 from mmenvs.cli import app

@@ -4,8 +4,8 @@ import pytest
 import torch
 from mmenvs_agents.transformer.actions import action_head
 from mmenvs_agents.transformer.agent import TransformerAgent
+from mmenvs_agents.transformer.config import ModelConfig
 from mmenvs_agents.transformer.distill import Student
-from mmenvs_agents.transformer.model import ModelConfig
 from mmenvs_agents.transformer.ppo import PPORecipe
 from mmenvs_agents.transformer.rollout import collect
 from typer.testing import CliRunner

@@ -6,7 +6,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from mmenvs_agents.transformer import ppo
 from mmenvs_agents.transformer.agent import TransformerAgent
-from mmenvs_agents.transformer.model import ModelConfig
+from mmenvs_agents.transformer.config import ModelConfig
 
 VQA, CAPTIONING, MATCHING = "MMRL/VQA-v0", "MMRL/Captioning-v0", "MMRL/AudioVisualMatching-v0"
 TINY = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, hidden=32, token_width=16)

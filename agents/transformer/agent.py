@@ -29,10 +29,11 @@ from . import saving
 from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
+from .config import SIZES, Backbone, ModelConfig
 from .devices import Devices, check_compile
 from .imitation import EpisodeMemory
 from .learning import Anchor, Recipe, check_group, log_probs_of
-from .model import ATTENTION, SIZES, Backbone, Cache, ModelConfig, TransformerPolicy
+from .model import ATTENTION, Cache, TransformerPolicy
 from .ppo import PPORecipe
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Envs, Rollout, as_tensors, batched, check_envs
@@ -53,7 +54,7 @@ class TransformerAgent:
         env: id of this suite, or a Gymnasium vector environment with ``SAME_STEP`` autoreset and flat ``Dict``
             observations.
         size: ``"nano"`` (1 million parameters), ``"small"`` (10), ``"base"`` (90), or a
-            :class:`~mmenvs_agents.transformer.model.ModelConfig`; None is that of ``init``, or nano.
+            :class:`~mmenvs_agents.transformer.config.ModelConfig`; None is that of ``init``, or nano.
         method: ``"ppo"``, one of ``"grpo"``, ``"dr_grpo"``, ``"dapo"``, ``"rloo"``, ``"scst"``, ``"reinforce"``, or
             ``"dpo"``, or ``"supervised"``, which clones the oracle.
         encoders: as for :class:`mmenvs.embeddings.Extractor`, by name or :class:`~mmenvs.embeddings.Pretrained`;
@@ -72,7 +73,7 @@ class TransformerAgent:
         fixed, history: names of observations that don't change within an episode, and that hold the actions so
             far; None takes what the task says, or none.
         backbone: a causal language model of Hugging Face in the trunk's place, by name, folder or
-            :class:`~mmenvs_agents.transformer.model.Backbone`; of ``size`` only ``token_width`` counts then.
+            :class:`~mmenvs_agents.transformer.config.Backbone`; of ``size`` only ``token_width`` counts then.
         lora: rank of the adapters that train in the backbone's place; 0 trains all its weights.
         curriculum: begin at difficulty 0 and rise to that in ``env_kwargs``, which is ``curriculum.last``; with an id only.
         temperature: of the policy, in play and in learning: over 1 it tries more, under 1 less (Boltzmann exploration).

@@ -30,8 +30,8 @@ from mmenvs.embeddings.pretrained_files import (
     read_config,
 )
 
+from .config import Backbone
 from .episodes import NEVER, Cache, Memory
-from .model import Backbone
 
 _FULL, _LORA = 0.02, 0.2  # learning rates of the weights and of the adapters, in those of the recipe
 

@@ -16,9 +16,10 @@ from mmenvs.embeddings.pretrained import Pretrained
 
 from . import ppo
 from .agent import Envs, TransformerAgent
+from .config import ModelConfig
 from .devices import ALONE, Devices
 from .learning import descend
-from .model import ModelConfig, TransformerPolicy
+from .model import TransformerPolicy
 from .rollout import Rollout
 
 
