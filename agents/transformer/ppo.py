@@ -41,7 +41,6 @@ class PPORecipe(Recipe):
     value_clip: float = 0.2
     value_coef: float = 0.5
     entropy: float = 0.04
-    target_kl: float = 0.1
     imitation: float = 1.0
     memory_mb: int = 128
 
