@@ -262,6 +262,7 @@ def test_errors_name_what_is_allowed(arguments, error, words):
         ({"image": torch.zeros(3, 48, 48, 3)}, r"'image'. must be \(B, 32, 32, 3\), got \(3, 48, 48, 3\)"),
         ({"image": torch.zeros(3, 3, 32, 32)}, r"'image'. must be \(B, 32, 32, 3\)"),
         ({"image": torch.zeros(32, 32, 3)}, r"'image'. must be \(B, 32, 32, 3\)"),
+        ({"image": torch.full((3, 32, 32, 3), 255.0)}, "floats from 0 to 1, got floats from 255 to 255"),
         ({"text": torch.zeros(3, LENGTH + 1).long()}, rf"'text'. must be \(B, {LENGTH}\)"),
         ({"text": torch.zeros(2, LENGTH).long()}, "one batch size, got image 3, text 2"),
         ({"text": torch.full((3, LENGTH), WORDS)}, f"word ids from 0 to {WORDS - 1}, got {WORDS} to {WORDS}"),

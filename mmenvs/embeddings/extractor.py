@@ -249,8 +249,8 @@ class Extractor(nn.Module):
         """Tokens of each modality, ``{name: (B, T, width)}``, and their masks, ``{name: (B, T) bool}``.
 
         Args:
-            observation: ``{name: (B, ...)}``. uint8 pictures are scaled to [0, 1] here, float ones are
-                taken to be in [0, 1] already.
+            observation: ``{name: (B, ...)}``. uint8 pictures are scaled to [0, 1] here, float ones must be
+                in it already.
             missing: names that are missing in every row. They needn't be given; their encoders don't run, their
                 tokens are zeros and their masks False.
         """
@@ -297,6 +297,13 @@ class Extractor(nn.Module):
             raise ValueError(
                 f"observation[{name!r}] must be (B, {', '.join(map(str, space.shape))}), got {tuple(x.shape)}"
             )
+        if self.modalities[name] in ("image", "images") and x.is_floating_point() and x.is_cpu and x.numel():
+            low, high = float(x.min()), float(x.max())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"observation[{name!r}] must hold pictures as uint8, or as floats from 0 to 1, got floats from "
+                    f"{low:g} to {high:g}"
+                )
         # On a GPU it would wait for the device, which refuses them by itself.
         if self.modalities[name] == "text" and x.is_cpu and x.numel():
             low, high, words = float(x.min()), float(x.max()), int(space.high.max()) + 1
