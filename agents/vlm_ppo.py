@@ -44,6 +44,7 @@ class TokenPPO(PPORecipe):
     max_grad_norm: float = 1.0
     value_coef: float = 0.1
     entropy: float = 0.0
+    target_kl: float = 0.1
     imitation: float = 0.0
     kl: float = 0.0
 
