@@ -82,11 +82,11 @@ def parse_difficulty(text: str) -> int:
     return int(text)
 
 
-def parse_list(text: str) -> list[str]:
-    """The parts of a comma-separated list; a ``ValueError`` if there are none."""
+def parse_list(option: str, text: str) -> list[str]:
+    """The parts of a comma-separated list; a ``ValueError`` that names the option if there are none."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
-        raise ValueError(f"a list such as a,b must hold a part at least, got {text!r}")
+        raise ValueError(f"--{option} must name at least one, got {text!r}")
     return parts
 
 

@@ -82,13 +82,13 @@ def benchmark(
         folder = resume or out
         assert folder is not None
         plan = Plan() if resume is None else Plan.load(resume)
-        agents = None if algorithms is None else tuple(parse_list(algorithms))
+        agents = None if algorithms is None else tuple(parse_list("agents", algorithms))
         if policy:
             agents = tuple(dict.fromkeys((*(agents or plan.agents), *map(players.policy_name, policy))))
         given: dict[str, Any] = {
             "suite": suite,
             "agents": agents,
-            "embeddings": None if embeddings is None else tuple(parse_list(embeddings)),
+            "embeddings": None if embeddings is None else tuple(parse_list("embeddings", embeddings)),
             "seeds": seeds,
             "steps": None if steps is None else parse_steps(steps),
             "episodes": episodes,

@@ -59,10 +59,12 @@ def pretrain(
 
         name = sb3.resolve_device(device)
         given: dict[str, Any] = {"loss": loss, "batch": batch, "seed": seed}
-        given["modalities"] = None if modalities is None else tuple(parse_list(modalities))
+        given["modalities"] = None if modalities is None else tuple(parse_list("modalities", modalities))
         given["steps"] = None if steps is None else parse_steps(steps)
         if difficulties is not None:
-            given["difficulties"] = tuple(parse_difficulty(level) for level in parse_list(difficulties))
+            given["difficulties"] = tuple(
+                parse_difficulty(level) for level in parse_list("difficulties", difficulties)
+            )
         given = {key: value for key, value in given.items() if value is not None}
         if resume:
             settings = replace(pretraining.read_settings(out)[0], **given)
@@ -227,23 +229,23 @@ def compare(
 
     with user_errors():
         axes = {
-            "difficulty": tuple(parse_difficulty(level) for level in _parts("difficulty", difficulty)),
+            "difficulty": tuple(parse_difficulty(level) for level in parse_list("difficulty", difficulty)),
             "image_size": _numbers("image-size", image_size, int),
             "seconds": _numbers("seconds", seconds, float),
             "filler": _numbers("filler", filler, int),
         }
         grid = comparison.Grid(
-            envs=_parts("envs", envs),
-            embeddings=_parts("embeddings", embeddings),
-            agents=_parts("agents", algorithms),
+            envs=tuple(parse_list("envs", envs)),
+            embeddings=tuple(parse_list("embeddings", embeddings)),
+            agents=tuple(parse_list("agents", algorithms)),
             seeds=seeds,
-            steps=tuple(parse_steps(part) for part in _parts("steps", steps)),
+            steps=tuple(parse_steps(part) for part in parse_list("steps", steps)),
             env_axes={name: values for name, values in axes.items() if values},
             features_dim=_numbers("features-dim", features_dim, int),
             num_envs=num_envs,
             episodes=episodes,
         )
-        pairs = [part.partition("=") for part in parse_list(budget)] if budget else []
+        pairs = [part.partition("=") for part in parse_list("budget", budget)] if budget else []
         names = [name for name, _, _ in pairs]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
@@ -260,16 +262,9 @@ def compare(
     typer.echo("no configuration has a score on every task" if advice is None else str(advice))
 
 
-def _parts(option: str, text: str) -> tuple[str, ...]:
-    try:
-        return tuple(parse_list(text))
-    except ValueError:
-        raise ValueError(f"--{option} must name at least one, got {text!r}") from None
-
-
 def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     """Numbers with commas between them; none of an empty text."""
     try:
-        return tuple(kind(part) for part in parse_list(text)) if text else ()
+        return tuple(kind(part) for part in parse_list(name, text)) if text else ()
     except ValueError:
         raise ValueError(f"{name} must be numbers with commas between them, got {text!r}") from None

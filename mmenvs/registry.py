@@ -74,12 +74,12 @@ def task_class(id: str) -> type[Task]:
     """The task class behind an id.
 
     Raises:
-        gymnasium.error.NameNotFound: if no environment of this suite has the id; names the nearest ones.
+        gymnasium.error.NameNotFound: if no environment of this suite has the id; names the nearest one and all.
     """
     if id not in SPECS:
-        near = difflib.get_close_matches(id, SPECS, n=3, cutoff=0.3)
+        near = difflib.get_close_matches(id, SPECS, n=1, cutoff=0.3)
         raise gym.error.NameNotFound(
-            f"id {id!r} is not in the suite; {'did you mean ' + ' or '.join(near) + '? ' if near else ''}"
+            f"id {id!r} is not in the suite; {f'did you mean {near[0]}? ' if near else ''}"
             f"There are {', '.join(SPECS)}"
         )
     return load_task(SPECS[id].task)

@@ -145,6 +145,9 @@ def test_baselines_play():
         ({"visible": ("sound",)}, ValueError, "visible must name some of image, question"),
         ({"visible": ()}, ValueError, "visible"),
         ({"env_kwargs": {"difficulty": 7}}, ValueError, "difficulty"),
+        ({"gamma": 2.0}, ValueError, "gamma must be from 0 to 1, got 2.0"),
+        ({"entropy": 0.1}, TypeError, "'entropy' must be of the recipe (ent_coef, features_dim"),
+        ({"policy_kwargs": {}}, TypeError, "or of ppo (batch_size, clip_range"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments, error, says):

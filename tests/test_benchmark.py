@@ -748,6 +748,7 @@ def test_lines_tell_how_far_a_run_is(monkeypatch):
         (["benchmark"], "either --out"),
         (["benchmark", "--out", "a", "--resume", "b"], "either --out"),
         (["benchmark", "--out", "{}", "--suite", "best"], "suite must be one of"),
+        (["benchmark", "--out", "{}", "--agents", ""], "--agents must name at least one"),
         (["benchmark", "--out", "{}", "--agents", "best"], "agents must name some of"),
         (["benchmark", "--out", "{}", "--timeout", "0"], "timeout must be above 0"),
         (["benchmark", "--resume", "{}/nothing"], "no benchmark in"),

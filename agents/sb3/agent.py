@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
@@ -26,6 +27,18 @@ from ..imitation import SelfImitationPPO
 from ..recipes import RECIPES, default_encoders
 
 _REPLAY_BYTES = 5 << 30  # a replay buffer of a recipe is no larger, so that two fit a machine of 16 GB
+# Arguments of algorithms that make_agent sets by itself.
+_SET = {
+    "self",
+    "policy",
+    "env",
+    "policy_kwargs",
+    "stats_window_size",
+    "seed",
+    "device",
+    "learning_rate",
+    "_init_setup_model",
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,14 @@ def make_agent(
     integer_in("seed", seed, 0, 2**32 - 1)
     recipe = RECIPES[algo]
     names = {f.name for f in fields(recipe)} - {"arguments"}
+    known = _arguments(cls)
+    for name in sorted(overrides.keys() - names - known):
+        raise TypeError(
+            f"{name!r} must be of the recipe ({', '.join(sorted(names))}) or of {algo} ({', '.join(sorted(known))})"
+        )
+    for name in ("gamma", "gae_lambda"):
+        if name in overrides and not 0 <= overrides[name] <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {overrides[name]!r}")
     own = {name: value for name, value in overrides.items() if name in names}
     arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
     recipe = replace(recipe, **own, arguments=arguments)
@@ -206,6 +227,18 @@ def face(agent: BaseAlgorithm, level: int) -> None:
 def episode_seed(seed: int, steps: int) -> int:
     """The seed of the training episodes of an agent that begins, or goes on, after ``steps``."""
     return int(np.random.SeedSequence([seed, steps]).generate_state(1)[0])
+
+
+def _arguments(cls: type[BaseAlgorithm]) -> set[str]:
+    """The arguments of an algorithm that :func:`make_agent` doesn't set by itself."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        found |= {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY}
+        # One that takes any hands them to the next.
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return found - _SET
 
 
 def _algorithm(algo: str) -> type[BaseAlgorithm]:
