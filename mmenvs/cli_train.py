@@ -192,6 +192,7 @@ def pretrain_policy(
     steps: Annotated[str, typer.Option(help="Steps of the oracle to learn from, such as 200k.")] = "100k",
     size: Annotated[str, typer.Option(help="Of the transformer: nano, small, base.")] = "nano",
     encoder: Annotated[str | None, typer.Option(help="As for 'train'.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="As for 'train --agent transformer'.")] = None,
     difficulty: Annotated[str, typer.Option(help="0 to 3.")] = "0",
     num_envs: Annotated[int | None, typer.Option(min=1, help="Environments side by side.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and episodes.")] = 0,
@@ -205,7 +206,9 @@ def pretrain_policy(
         env_kwargs = {"difficulty": parse_difficulty(difficulty)}
         arguments = {"seed": seed, "device": device, "env_kwargs": env_kwargs}
         arguments["encoders"] = None if encoder is None else encoders_of(encoder, id, None, True)
-        model = make_transformer(id, num_envs, {"size": size, "algo": "supervised"}, arguments)
+        model = make_transformer(
+            id, num_envs, {"size": size, "fusion": fusion, "algo": "supervised"}, arguments
+        )
         out_folder(out, "agent")
         say = spokesman(model)
     say(f"{size} learns from the oracle of {id}, {model.device}; logs: tensorboard --logdir {out}")

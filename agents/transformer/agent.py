@@ -29,11 +29,11 @@ from . import saving
 from .algorithms import MODULES, RECIPES, SUPERVISED
 from .callbacks import Callback, Hooks
 from .checkpoint import Settings
-from .config import SIZES, Backbone, ModelConfig
+from .config import ATTENTION, FUSION, SIZES, Backbone, ModelConfig
 from .devices import Devices, check_compile
 from .imitation import EpisodeMemory
 from .learning import Anchor, Recipe, check_group, log_probs_of
-from .model import ATTENTION, Cache, TransformerPolicy
+from .model import Cache, TransformerPolicy
 from .ppo import PPORecipe
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Envs, Rollout, as_tensors, batched, check_envs
@@ -150,7 +150,7 @@ class TransformerAgent:
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
         check_encoders(encoders)
-        fusion = one_of("fusion", "concat" if fusion is None else fusion, (*FUSIONS, ATTENTION))
+        fusion = one_of("fusion", FUSION if fusion is None else fusion, (*FUSIONS, ATTENTION))
         if lora and (backbone is None or isinstance(backbone, Backbone)):
             raise ValueError(
                 f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}"

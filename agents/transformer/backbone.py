@@ -216,7 +216,7 @@ class BackboneTrunk(nn.Module):
             raise ValueError("its prefix can't be seen in both directions")
         store = torch.zeros(len(shapes.seen), 1, 5, heads, size)
         cache = Cache(
-            store, store.clone(), torch.ones(1, 5, dtype=torch.bool), positions, positions, store[0, :, :0]
+            store, store.clone(), torch.ones(1, 5, dtype=torch.bool), positions, positions, torch.zeros(1, 0)
         )
         row = torch.zeros(1, dtype=torch.int64)
         start = Memory(cache, row, place[None, :4], 4)

@@ -21,9 +21,8 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from ..curriculum import Curriculum
-from .config import SIZES, Backbone, ModelConfig
+from .config import ATTENTION, SIZES, Backbone, ModelConfig
 from .learning import Recipe
-from .model import ATTENTION
 from .restraints import Restraints
 
 FORMAT = 2

@@ -8,6 +8,9 @@ from typing import Any
 
 from mmenvs.checks import integer_in
 
+# How observations that come together are fused beside the trunk: a name in mmenvs.embeddings.FUSIONS, or not at all.
+FUSION, ATTENTION = "concat", "attention"
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -28,7 +28,8 @@ class Student(TransformerAgent):
     :meth:`TransformerAgent.load` reads it, and learns on with PPO.
 
     Args:
-        teacher: a trained agent. The student learns on its environment, and takes its encoders where it is given none.
+        teacher: a trained agent. The student learns on its environment, fuses as it does, and takes its encoders where it
+            is given none.
         size: as for :class:`TransformerAgent`.
         env: a vector environment, if the teacher was not made from an id.
         encoders, seed, precision, recipe, compile: as for :class:`TransformerAgent`; of the recipe, rollouts, minibatches,
@@ -58,6 +59,7 @@ class Student(TransformerAgent):
             known.id if env is None else env,  # type: ignore[arg-type]
             size,
             encoders=known.encoders if encoders is None else encoders,
+            fusion=known.fusion,
             device=str(teacher.device) if teacher.devices.count == 1 else teacher.device.type,
             seed=seed,
             env_kwargs=None if env is not None else {**known.env_kwargs, **(env_kwargs or {})},

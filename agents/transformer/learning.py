@@ -34,8 +34,7 @@ class Recipe:
         accumulate: parts of a minibatch whose gradients are added up, to save memory.
         learning_rate: at the start, of Adam; Muon's is 20 times that. Both fall linearly to 2 %.
         max_grad_norm: gradients are scaled down to this norm.
-        target_kl: an update of PPO or GRPO ends once the policy has moved this far, in nats; 0 is never. Imitation
-            moves it too, so that PPO's updates end after a few minibatches with 0.1.
+        target_kl: an update of PPO or GRPO ends once the policy has moved this far, in nats; 0 is never.
     """
 
     num_envs: int = 128

@@ -42,7 +42,7 @@ from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.pretrained import Pretrained
 
 from .actions import action_head
-from .config import Backbone, ModelConfig
+from .config import ATTENTION, FUSION, Backbone, ModelConfig
 from .episodes import NEVER, Cache, Episodes, Halved, Memory
 
 
@@ -115,9 +115,6 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-ATTENTION = "attention"  # no fusion beside the transformer's own attention
-
-
 class NoFusion(Fusion):
     """The policy fuses what comes together by itself, so its extractor has nothing to."""
 
@@ -165,7 +162,7 @@ class TransformerPolicy(nn.Module):
         encoders: Mapping[str, str | Pretrained | nn.Module] | None = None,
         precision: Precision = "float32",
         backbone: Backbone | None = None,
-        fusion: str = ATTENTION,
+        fusion: str = FUSION,
     ) -> None:
         super().__init__()
         if not isinstance(observation_space, spaces.Dict):

@@ -30,7 +30,8 @@ class PPORecipe(Recipe):
         entropy: weight of the entropy at the start; it falls linearly to 0, since a policy without it settles on
             the most frequent answers before it has learned to look, and one with it never settles.
         imitation: weight of the loss of past episodes that went well, see ``imitation.py``; 0 is plain PPO. Advantages
-            are normalised, this loss is not: it is meant for returns of about 1.
+            are normalised, this loss is not: it is meant for returns of about 1. It moves the policy as well, so
+            that with a ``target_kl`` of 0.1 most updates end after a few minibatches.
         memory_mb: megabytes (2**20 bytes) of memory for them.
     """
 

@@ -20,9 +20,9 @@ from mmenvs.embeddings.pretrained import Pretrained
 from ..curriculum import Curriculum, Progress
 from . import checkpoint
 from .algorithms import RECIPES
-from .config import Backbone, ModelConfig
+from .config import ATTENTION, Backbone, ModelConfig
 from .devices import check_compile
-from .model import ATTENTION, TransformerPolicy
+from .model import TransformerPolicy
 from .restraints import Restraints
 from .rollout import Envs
 

@@ -76,7 +76,7 @@ def trains(name: str) -> bool:
 
 
 def embeddings(name: str, given: Sequence[str]) -> tuple[str, ...]:
-    """The embeddings it is made with: of the transformer the encoders alone, as it fuses in its own way."""
+    """The embeddings it is made with: of the transformer the encoders alone, as its fusion is always its default."""
     if name in BASELINES or name.startswith((POLICY, VLM)):
         return ("",)
     if name.partition(":")[0] == TRANSFORMER:

@@ -24,6 +24,7 @@ from mmenvs.spaces import Modality, channels_last, modality_of
 from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
+_ROUNDING = 1e-3  # that float pictures may lie beyond [0, 1]
 HUGGING_FACE = "hf:"  # marks the name or folder of a pretrained model among the names of our encoders
 # Keywords of Extractor.from_pretrained: those of modalities, and those that it hands on.
 _OTHERS = ("features_dim", "width", "precision", "visible")
@@ -297,12 +298,12 @@ class Extractor(nn.Module):
             raise ValueError(
                 f"observation[{name!r}] must be (B, {', '.join(map(str, space.shape))}), got {tuple(x.shape)}"
             )
-        if self.modalities[name] in ("image", "images") and x.is_floating_point() and x.is_cpu and x.numel():
+        if self.modalities[name] in ("image", "images") and x.dtype != torch.uint8 and x.numel():
             low, high = float(x.min()), float(x.max())
-            if not (low >= 0 and high <= 1):
+            if not (x.is_floating_point() and low >= -_ROUNDING and high <= 1 + _ROUNDING):
                 raise ValueError(
-                    f"observation[{name!r}] must hold pictures as uint8, or as floats from 0 to 1, got floats from "
-                    f"{low:g} to {high:g}"
+                    f"observation[{name!r}] must hold pictures as uint8, or as floats from 0 to 1, got {x.dtype} "
+                    f"from {low:.4g} to {high:.4g}"
                 )
         # On a GPU it would wait for the device, which refuses them by itself.
         if self.modalities[name] == "text" and x.is_cpu and x.numel():
