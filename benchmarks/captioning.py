@@ -5,7 +5,8 @@
     python benchmarks/captioning.py --table                                   # the tables of what is done
 
 A policy clones the oracle for 100,000 steps, then each algorithm goes on from it with the same budget (three or four
-times as much where ``RUNS`` says so), and all are scored greedily on the same 2,000 episodes of the test split. Each run appends one row to ``captioning.jsonl``.
+times as much where ``RUNS`` says so), and all are scored greedily on the same 2,000 episodes of the test split. Each
+run appends one row to ``captioning.jsonl``.
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ class Settings:
         recipe, method, restraints: how it learns.
         algo: how the command line names this agent.
         backbone: language model in the trunk's place, with its configuration.
+        curriculum: how the difficulty rises to that in ``env_kwargs``.
         temperature: of the policy.
         fusion: beside the transformer; agents saved before there was one have none.
-        curriculum: how the difficulty rises to that in ``env_kwargs``.
     """
 
     id: str | None

@@ -1,4 +1,4 @@
-"""How large a policy is, and what its trunk is."""
+"""How large a policy is, how it fuses what it sees, and what its trunk is."""
 
 from __future__ import annotations
 
