@@ -298,7 +298,7 @@ def test_wrong_arguments(monkeypatch):
         TransformerAgent("MMRL/Nothing-v0")
     with pytest.raises(TypeError, match="can be saved"):
         make_agent(encoders={"image": torch.nn.Identity()})
-    with pytest.raises(ValueError, match="env_kwargs go with an id"):
+    with pytest.raises(ValueError, match="env_kwargs goes with an id"):
         make_agent(recall(), env_kwargs={"difficulty": 1})
     with pytest.raises(ValueError, match="SameStep"):
         make_agent(VQA, env_kwargs={"autoreset_mode": "NextStep"})

@@ -15,21 +15,18 @@ import torch
 from stable_baselines3.common.logger import Logger, make_output_format
 from torch import Tensor
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import integer_in
 from mmenvs.embeddings.extractor import Precision
-from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.optimizers import Muon
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.interrupts import asked_to_stop
 from mmenvs.registry import task_class
 
-from ..curriculum import Curriculum, Progress, check_curriculum
-from ..sb3 import check_encoders, default_precision
+from ..curriculum import Curriculum, Progress
 from . import saving
-from .algorithms import MODULES, RECIPES, SUPERVISED
+from .algorithms import MODULES
 from .callbacks import Callback, Hooks
-from .checkpoint import Settings
-from .config import ATTENTION, FUSION, SIZES, Backbone, ModelConfig
+from .config import Backbone, ModelConfig
 from .devices import Devices, check_compile
 from .imitation import EpisodeMemory
 from .learning import Anchor, Recipe, check_group, log_probs_of
@@ -37,6 +34,7 @@ from .model import Cache, TransformerPolicy
 from .ppo import PPORecipe
 from .restraints import KL, HackingAlarm, Restraints
 from .rollout import Envs, Rollout, as_tensors, batched, check_envs
+from .settings import chosen, fitted, parts_of
 
 
 @dataclass
@@ -120,92 +118,28 @@ class TransformerAgent:
     ) -> None:
         self.devices = Devices(device)
         self.device = self.devices.device
-        integer_in("seed", seed, 0, 2**32 - 1)
-        one_of("method", method, tuple(RECIPES))
-        recipe, restraints = recipe or RECIPES[method], restraints or Restraints()
-        if type(recipe) is not type(RECIPES[method]):
-            expected = type(RECIPES[method]).__name__
-            raise TypeError(
-                f"recipe must be a {expected} with method={method!r}, got {type(recipe).__name__}"
-            )
-        if not isinstance(restraints, Restraints):
-            raise TypeError(f"restraints must be Restraints(...), got {restraints!r}")
-        if method == "dpo" and restraints.kl:
-            raise ValueError(
-                f"kl must be 0 with method='dpo', whose beta holds the policy, got {restraints.kl}"
-            )
-        if method == SUPERVISED and restraints != Restraints():
-            raise ValueError("restraints are for reinforcement learning, method='supervised' has no reward")
-        started = {} if init is None else saving.policy_settings(init)
-        if init is not None:
-            policy = {"size": size, "encoders": encoders, "backbone": backbone, "fusion": fusion}
-            for name, value in policy.items():
-                if value is not None:
-                    raise ValueError(f"{name} is that of the agent in init={str(init)!r}, got {value!r}")
-            size, encoders, backbone = started["model"], started["encoders"], started["backbone"]
-            fusion = started["fusion"]
-            temperature = started["temperature"] if temperature is None else temperature
-        temperature = 1.0 if temperature is None else temperature
-        size = size or "nano"
-        if isinstance(size, str) and size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
-        check_encoders(encoders)
-        fusion = one_of("fusion", FUSION if fusion is None else fusion, (*FUSIONS, ATTENTION))
-        if lora and (backbone is None or isinstance(backbone, Backbone)):
-            raise ValueError(
-                f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}"
-            )
-        if backbone is not None and not isinstance(backbone, Backbone):
-            backbone = Backbone(backbone, lora)
+        begun = None if init is None else saving.policy_settings(init)
+        settings = chosen(
+            env, size, method=method, encoders=encoders, fusion=fusion, device=self.device, seed=seed,
+            env_kwargs=env_kwargs, precision=precision, recipe=recipe, restraints=restraints, init=init, begun=begun,
+            backbone=backbone, lora=lora, curriculum=curriculum, temperature=temperature,
+        )  # fmt: skip
         check_compile(compile, self.device)
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise TypeError(f"temperature must be a number, got {temperature!r}")
-        if not 0.01 <= temperature <= 100:
-            raise ValueError(f"temperature must be from 0.01 to 100, got {temperature}")
-        check_curriculum(curriculum)
-        if curriculum is not None:
-            if not isinstance(env, str):
-                raise ValueError(f"curriculum goes with an id; env is made already, got {curriculum!r}")
-            env_kwargs = curriculum.at_last(env_kwargs)
-        check_group(getattr(recipe, "group", 1), self.devices.share(recipe.num_envs), several=False)
+        rows = self.devices.share(settings.recipe.num_envs)
+        check_group(getattr(settings.recipe, "group", 1), rows, several=False)
+        envs: Envs
         if isinstance(env, str):
             task_class(env)
-            envs: Envs = gym.make_vec(env, num_envs=self.devices.share(recipe.num_envs), **(env_kwargs or {}))
-        elif env_kwargs:
-            raise ValueError(f"env_kwargs go with an id; env is made already, got {env_kwargs!r}")
+            envs = gym.make_vec(env, num_envs=rows, **settings.env_kwargs)
         else:
             envs = env
         check_envs(envs)
         task = getattr(envs.unwrapped, "task", None)
-        types = getattr(task, "info_types", {})
-        self.parts = tuple(name for name, kind in types.items() if kind is float)
-        # Other environments than this suite's are asked at the first rollout.
-        for part in (*restraints.penalties, *restraints.limits) if task is not None else ():
-            if part not in self.parts:
-                known = ", ".join(self.parts) or "there are none here"
-                raise ValueError(
-                    f"penalties and limits must be of parts of the score ({known}), got {part!r}"
-                )
+        self.parts = parts_of(task)
+        self.settings = settings = fitted(settings, task, fixed, history)
+        recipe, restraints, curriculum = settings.recipe, settings.restraints, settings.curriculum
         seen: Any = envs.single_observation_space
-        self.settings = Settings(
-            id=env if isinstance(env, str) else None,
-            seed=seed,
-            env_kwargs=dict(env_kwargs or {}),
-            model=SIZES[size] if isinstance(size, str) else size,
-            fixed=tuple(sorted(getattr(task, "fixed", ()))) if fixed is None else tuple(fixed),
-            history=tuple(sorted(getattr(task, "history", ()))) if history is None else tuple(history),
-            encoders=dict(encoders or {}),
-            precision=precision or default_precision(self.device.type),  # type: ignore[arg-type]
-            recipe=recipe,
-            method=method,
-            restraints=restraints,
-            backbone=backbone,
-            curriculum=curriculum,
-            temperature=float(temperature),
-            fusion=fusion,
-        )
         self.observation_space, self.action_space = seen, envs.single_action_space
-        settings = self.settings
         # Weights are drawn from the seed, and the caller's generator stays as it is.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +15,15 @@ from torch import Tensor
 
 import mmenvs
 from mmenvs.checks import integer_in
-from mmenvs.embeddings.extractor import Precision
-from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
-from ..curriculum import Curriculum
-from .config import ATTENTION, SIZES, Backbone, ModelConfig
-from .learning import Recipe
-from .restraints import Restraints
+from .settings import KIND
 
 FORMAT = 2
-KIND = "transformer"
 SETTINGS = "settings.json"
 COUNTERS = ("steps", "iteration")
 PROGRESS = ("level", "episodes", "successes")  # in a curriculum; 0 without one
 _JSON_LIMIT = 2**20  # bytes
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that it takes to make an agent again.
-
-    Attributes:
-        id: environment of this suite, or None if the agent was handed a vector environment.
-        seed, env_kwargs: as for :class:`~mmenvs_agents.transformer.agent.TransformerAgent`.
-        model: size of the transformer.
-        fixed, history: as for :class:`~mmenvs_agents.transformer.model.TransformerPolicy`.
-        encoders, precision: as for :class:`mmenvs.embeddings.Extractor`.
-        recipe, method, restraints: how it learns.
-        algo: how the command line names this agent.
-        backbone: language model in the trunk's place, with its configuration.
-        curriculum: how the difficulty rises to that in ``env_kwargs``.
-        temperature: of the policy.
-        fusion: beside the transformer; agents saved before there was one have none.
-    """
-
-    id: str | None
-    seed: int
-    env_kwargs: dict[str, Any]
-    model: ModelConfig
-    fixed: tuple[str, ...]
-    history: tuple[str, ...]
-    encoders: dict[str, str | Pretrained]
-    precision: Precision
-    recipe: Recipe
-    method: str
-    restraints: Restraints
-    algo: str = KIND
-    backbone: Backbone | None = None
-    curriculum: Curriculum | None = None
-    temperature: float = 1.0
-    fusion: str = ATTENTION
-
-    @property
-    def size(self) -> str | ModelConfig:
-        """The name of ``model`` in ``SIZES``, or itself."""
-        return next((name for name, config in SIZES.items() if config == self.model), self.model)
 
 
 def write(
