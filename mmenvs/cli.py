@@ -59,6 +59,11 @@ def agents(name: str) -> Any:
     return importlib.import_module(f"mmenvs_agents.{name}")
 
 
+def is_transformer(model: Any) -> bool:
+    """Whether an agent is our own, or one of Stable-Baselines3."""
+    return model.settings.algo == TRANSFORMER
+
+
 def parse_steps(text: str) -> int:
     """A positive whole number such as ``"200000"``, ``"200_000"``, ``"2e5"`` or ``"200k"``.
 
@@ -145,9 +150,8 @@ def show(
                 raise ValueError(f"the agent in {agent!r} was trained on {player.settings.id}, not on {id}")
             env_kwargs = {**trained, **env_kwargs}
             check_difficulty(id, trained, env_kwargs)
-            from mmenvs.embeddings.watch import Watched
-
-            player = Watched(player)
+            whose = "mmenvs_agents.transformer" if is_transformer(player) else "mmenvs.embeddings"
+            player = importlib.import_module(f"{whose}.watch").Watched(player)
         env = gym.make(id, render_mode="rgb_array", **env_kwargs)
     ends_only = out.suffix.lower() == ".png"
     frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)

@@ -20,6 +20,7 @@ from mmenvs.cli import (
     Source,
     agents,
     app,
+    is_transformer,
     load_agent,
     open_source,
     parse_difficulty,
@@ -338,11 +339,6 @@ def alarm_of(model: Any, part: str, source: str | None) -> Any:
         kwargs["source"] = open_source(source or kwargs["source"], id)
     envs = gym.make_vec(id, num_envs=min(64, model.n_envs), **{**kwargs, "split": "val"})
     return agents("transformer.restraints").HackingAlarm(envs, part)
-
-
-def is_transformer(model: Any) -> bool:
-    """Whether an agent is our own, or one of Stable-Baselines3."""
-    return model.settings.algo == TRANSFORMER
 
 
 def spokesman(model: Any) -> Callable[[str], None]:

@@ -7,6 +7,12 @@ import numpy as np
 import pytest
 import torch
 from mmenvs_agents.sb3 import make_agent, save
+from mmenvs_agents.transformer.agent import TransformerAgent
+from mmenvs_agents.transformer.config import ModelConfig
+from mmenvs_agents.transformer.episodes import NEVER
+from mmenvs_agents.transformer.watch import Watched as TransformerWatched
+from mmenvs_agents.transformer.watch import gaze_of as transformer_gaze
+from mmenvs_agents.transformer.watch import looking
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -199,6 +205,93 @@ def test_an_agent_without_an_extractor_is_played_as_it_is():
     frames, *_ = media.play(env, watched, 1, 0, ends_only=True)
     np.testing.assert_array_equal(frames[0], media.play(env, Fixed(), 1, 0, ends_only=True)[0][0])
     assert watched.gaze == Gaze()
+
+
+def test_what_the_transformer_agent_records_is_its_attention():
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 5, 2, 8)
+    bias = torch.zeros(3, 5)
+    bias[1, 2:] = NEVER
+    values = torch.eye(5).expand(3, 2, 5, 5)  # so that what comes out is the attention
+    shared = nn.functional.scaled_dot_product_attention(
+        q.unsqueeze(2), k.transpose(1, 2), values, bias[:, None, None], enable_gqa=True
+    )
+    found = looking(q, k, bias)
+    torch.testing.assert_close(found, shared.squeeze(2).mean(1))
+    assert not found[1, 2:].any()
+
+
+def transformer_agent(id: str, **others) -> TransformerAgent:
+    tiny = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, hidden=16, token_width=16)
+    return TransformerAgent(id, tiny, device="cpu", **others)
+
+
+def test_heat_of_the_transformer_agent_stands_where_the_picture_does():
+    observation, _ = gym.make(MATCHING).reset(seed=0)
+    policy = transformer_agent(MATCHING).policy
+    assert policy.fixed == ("audio", "images")
+    masks = masks_of(policy.extractor)
+    masks["audio"][:, 3:] = False  # padding that the prefix leaves out
+    cells = masks["images"].shape[1]
+    one, two = torch.zeros(1, 3 + cells + 1), torch.zeros(1, 3 + cells + 1)
+    one[:, 3 + 4 * 3 + 2], two[:, 3 + 4 * 3 + 2], two[:, 3] = 1.0, 0.5, 0.5
+    gaze = transformer_gaze(policy, [one, two], masks, observation, {"audio": 0.2, "images": 0.8}, "gated")
+    expected = one_cell(4, (3, 1, 0), 2)
+    expected[0, 0, 0] = 0.25 / 0.75
+    np.testing.assert_allclose(gaze.heat, expected, atol=1e-6)
+    assert gaze.weights == {"audio": 0.2, "images": 0.8}
+    assert gaze.caption == (
+        "Where the policy looks in the images when it decides (mean of 2 layers): the brightest cell has 0.75 of "
+        "the attention. How much each modality weighs (gated)."
+    )
+    assert transformer_gaze(policy, [], masks, observation, None, "concat") == Gaze()
+
+
+def test_heat_of_a_picture_that_changes_is_that_of_the_last_step():
+    observation, _ = gym.make(VQA).reset(seed=0)
+    policy = transformer_agent(VQA, fixed=("question",)).policy
+    assert policy.changing == ("image",)
+    masks = masks_of(policy.extractor)
+    masks["question"][:, 2:] = False
+    keys = 2 + 2 * (16 + 1)  # two words, and two steps of the picture and an action
+    last = torch.zeros(1, keys)
+    last[:, 2 + 17 + 6], last[:, 2 + 9], last[:, 0], last[:, -1] = 0.5, 1.0, 1.0, 1.0
+    gaze = transformer_gaze(policy, [last], masks, observation, None, "concat")
+    np.testing.assert_allclose(gaze.heat, one_cell(1, (0, 1, 2)))
+
+
+@pytest.mark.parametrize("id", [VQA, MATCHING, CAPTIONING])
+@pytest.mark.parametrize("fusion", ["concat", "gated", "attention"])
+def test_the_transformer_agent_plays_the_same_when_it_is_watched(id, fusion):
+    agent = transformer_agent(id, fusion=fusion)
+    env = gym.make(id, render_mode="rgb_array", split="test")
+    plain, _, returns, _ = media.play(env, agent, 2, 0, ends_only=True)
+    watched = TransformerWatched(agent)
+    shown, _, again, _ = media.play(env, watched, 2, 0, ends_only=True)
+    assert again == returns
+    assert watched.gaze.heat.max() == 1.0 and (watched.gaze.heat >= 0).all()
+    assert watched.gaze.caption.startswith("Where the policy looks in the image")
+    weighed = fusion == "gated" and id != CAPTIONING  # a caption has nothing beside its picture to fuse
+    assert (watched.gaze.weights is not None) == weighed
+    for one, other in zip(plain, shown, strict=True):
+        assert len(other) >= len(one) + BAR * weighed + LINE and (one != other[: len(one)]).any()
+    with agent.policy.recording() as record:
+        agent.predict(env.reset(seed=1)[0])
+    for layer in record["attention"]:
+        torch.testing.assert_close(layer.sum(1), torch.ones(1))
+    assert agent.policy._record is None
+
+
+def test_show_lays_the_gaze_over_a_saved_transformer_agent(tmp_path):
+    transformer_agent(VQA, fusion="gated").save(tmp_path / "agent")
+    agent, out = TransformerAgent.load(tmp_path / "agent", device="cpu"), tmp_path / "shown.png"
+    command = ["show", VQA, "--agent", str(tmp_path / "agent"), "--episodes", "1", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*command, "--split", "test", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    env = gym.make(VQA, render_mode="rgb_array", split="test")
+    frames, *_ = media.play(env, TransformerWatched(agent), 1, 0, ends_only=True)
+    shown = np.asarray(Image.open(out).convert("RGB"))
+    np.testing.assert_array_equal(shown[: len(frames[0]), : frames[0].shape[1]], frames[0])
 
 
 @pytest.mark.parametrize("algo", ["ppo", "dqn"])

@@ -27,8 +27,9 @@ Three calls, and all that an algorithm needs::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from .actions import action_head
 from .config import ATTENTION, FUSION, Backbone, ModelConfig
 from .episodes import NEVER, Cache, Episodes, Halved, Memory
+from .watch import looking
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -79,6 +81,7 @@ class Block(nn.Module):
         read: slice,
         layer: int,
         memory: Memory | None,
+        record: list[Tensor] | None = None,
     ) -> Tensor:
         """``(B, Q, width)`` to ``(B, R, width)``: the tokens ``read``, which is all of them but in the last block.
 
@@ -87,6 +90,7 @@ class Block(nn.Module):
             angles: cosines and sines of their positions, ``(B, Q, 1, width / heads)``.
             bias: added to the scores, ``(B, 1, R, K)``.
             read, layer, memory: which tokens are asked for, which block this is, where its keys are kept.
+            record: where the attention of the last token is added to, ``(B, K)``, the mean over the heads.
         """
         normed = self.attention_norm(x)
         batch, count, _ = x.shape
@@ -106,6 +110,8 @@ class Block(nn.Module):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if memory is not None:
             k, v = memory(layer, k, v)
+        if record is not None:
+            record.append(looking(q[:, -1], k, bias[:, 0, -1]))
         with torch.autocast(x.device.type, enabled=False):
             mixed = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.to(dtype), enable_gqa=True
@@ -151,6 +157,7 @@ class TransformerPolicy(nn.Module):
     """
 
     turns: Tensor
+    _record: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -219,6 +226,21 @@ class TransformerPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.start.device
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Any]]:
+        """A dict that each :meth:`step` in the block adds to:
+
+        - ``"masks"``: ``{name: (B, T) bool}`` of the observations that were read; the fixed ones where episodes begin;
+        - ``"attention"``: for each layer ``(B, K)``, where the token that the step is read from looks, the mean over
+          the heads, in rows whose tokens are those of the prefix without padding, of steps before, and of this
+          step. A backbone records none.
+        """
+        before, self._record = self._record, {"masks": {}, "attention": []}
+        try:
+            yield self._record
+        finally:
+            self._record = before
 
     def forward(self, episodes: Episodes, group: int = 1) -> tuple[Tensor, Tensor]:
         """Whole episodes in one pass, with gradients.
@@ -357,10 +379,13 @@ class TransformerPolicy(nn.Module):
                 return self.backbone(x, positions, bias, read, memory).float()
             halved = None if memory is None else memory.cache.halved
             blocks = self.blocks if halved is None else halved.of(self.blocks)
+            record = None
+            if self._record is not None:
+                record = self._record["attention"] = []
             for layer, block in enumerate(blocks):
                 last = layer == len(blocks) - 1
                 asked = read if last else slice(None)
-                x = block(x, angles, bias[:, :, asked], asked, layer, memory)
+                x = block(x, angles, bias[:, :, asked], asked, layer, memory, record)
             return self.norm(x.float())
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -407,6 +432,8 @@ class TransformerPolicy(nn.Module):
         and what they are fused to, ``(B, width)`` float32: zeros without a fusion."""
         names, others = (self.fixed, self.changing) if kind == "fixed" else (self.changing, self.fixed)
         tokens, masks = self.extractor.encode(observation, missing=others)
+        if self._record is not None:
+            self._record["masks"] |= {name: masks[name] for name in names}
         projected = [cast(nn.Linear, self.project[name])(tokens[name]) for name in names]
         x = torch.cat(projected, 1)
         fused = x.new_zeros((len(x), self.width))

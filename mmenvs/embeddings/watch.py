@@ -67,10 +67,8 @@ def _attention(
     fusion: Any, record: Mapping[str, Any], picture: str, shape: tuple[int, ...], kind: str
 ) -> Gaze:
     """Attention to the cells of a picture ``(H, W, 3)`` or of K pictures ``(K, H, W, 3)``."""
-    count, height, width = shape[-4] if len(shape) == 4 else 1, shape[-3], shape[-2]
-    cells = fusion.lengths[picture] // count
-    high = max(1, round(math.sqrt(cells * height / width)))
-    if count * high * (cells // high) != fusion.lengths[picture]:
+    grid = grid_of(fusion.lengths[picture], shape)
+    if grid is None:
         return Gaze()
     asking = [name for name in fusion.others(picture) if record["masks"][name][0].any()] or [picture]
     maps = []
@@ -92,4 +90,13 @@ def _attention(
         f"{mean.max():.2f} of the attention."
     )
     heat = mean / mean.max().clamp(min=1e-12)
-    return Gaze(heat=heat.view(count, high, -1).numpy(), caption=caption)
+    return Gaze(heat=heat.view(grid).numpy(), caption=caption)
+
+
+def grid_of(tokens: int, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Pictures, rows and columns that ``tokens`` of a picture ``(H, W, 3)`` or of K pictures ``(K, H, W, 3)`` stand
+    for; None if they are no grid of cells."""
+    count, height, width = shape[-4] if len(shape) == 4 else 1, shape[-3], shape[-2]
+    cells = tokens // count
+    high = max(1, round(math.sqrt(cells * height / width)))
+    return (count, high, cells // high) if count * high * (cells // high) == tokens else None
