@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from mmenvs.cli import Device, Id, app, parse_difficulty, parse_list, parse_steps, user_errors
+from mmenvs.cli_app import Device, Id, app, parse_difficulty, parse_list, parse_steps, user_errors
 
 _LAST = 8  # finished runs that the live table shows
 

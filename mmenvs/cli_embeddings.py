@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from mmenvs.checks import one_of
-from mmenvs.cli import (
+from mmenvs.cli_app import (
     Device,
     Id,
     Source,

@@ -13,7 +13,7 @@ import gymnasium as gym
 import typer
 
 from mmenvs.checks import one_of
-from mmenvs.cli import (
+from mmenvs.cli_app import (
     TRANSFORMER,
     Device,
     Id,

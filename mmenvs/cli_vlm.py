@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmenvs.cli import (
+from mmenvs.cli_app import (
     Device,
     Id,
     Source,

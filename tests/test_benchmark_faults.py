@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmenvs.benchmark import job, pool, runner
+from mmenvs.benchmark import job, players, pool, runner
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.rows import plain
 from mmenvs.benchmark.store import Store
@@ -239,7 +239,7 @@ def test_more_seeds_are_added(tiny, tmp_path):
 
 def test_another_version_of_the_code_is_not_mixed_in(tiny, tmp_path, monkeypatch):
     runner.benchmark(tiny, tmp_path)
-    monkeypatch.setattr(runner, "package_version", lambda: "another")
+    monkeypatch.setattr(players, "package_version", lambda: "another")
     more = Plan(**{**tiny.__dict__, "seeds": 3})
     with pytest.raises(ValueError, match=r"another version of the code .*--mix"):
         runner.benchmark(more, tmp_path, resume=True)

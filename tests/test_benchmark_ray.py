@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from mmenvs.benchmark import pool, runner
+from mmenvs.benchmark import players, pool, runner
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask
@@ -45,7 +45,7 @@ def on_ray(cluster, agents, timeout=60.0, code=None, **change):
     from mmenvs.integrations import ray
 
     runs = [{**bench_runs.PLAN.runs()[-1], "agent": agent} for agent in agents]
-    codes = {agent: code or runner.package_version() for agent in agents}
+    codes = {agent: code or players.package_version() for agent in agents}
     settings = {**SETTINGS, "timeout": timeout, "address": cluster.address, "codes": codes, **change}
     return ray.run_all(runs, bench_runs.execute, **settings)
 
@@ -98,7 +98,7 @@ def test_one_that_dies_hangs_or_raises_costs_its_own_run(cluster):
 def test_a_machine_with_another_version_of_the_code_is_named(cluster):
     (event,) = on_ray(cluster, ("ppo",), code="another")
     assert event.rows[-1]["error"].startswith("ValueError: machine '")
-    assert f"{runner.package_version()} in place of another" in event.rows[-1]["error"]
+    assert f"{players.package_version()} in place of another" in event.rows[-1]["error"]
 
 
 def test_no_room(cluster):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 from mmenvs_agents import vlm
 
-from mmenvs.benchmark import job, players, runner
+from mmenvs.benchmark import job, players
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.store import Store, check
 from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask
@@ -66,7 +66,7 @@ def test_command_and_other_files_of_the_same_name(model, tmp_path, monkeypatch):
     assert "4 runs, 0 of them done before" in said and f"difficulty 0: hf:{model}:" in said
     with Store(out) as store:
         codes = store.codes(f"hf:{model}")
-    assert list(codes) == [f"{runner.package_version()}+{players.policy_code(f'hf:{model}')}"]
+    assert list(codes) == [f"{players.package_version()}+{players.policy_code(f'hf:{model}')}"]
     monkeypatch.setattr(players, "policy_code", lambda name: "other" if name.startswith("hf:") else "")
     assert "another version of its files" in command("benchmark", "--resume", out, code=2)
 

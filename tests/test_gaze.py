@@ -8,11 +8,11 @@ import pytest
 import torch
 from mmenvs_agents.sb3 import make_agent, save
 from mmenvs_agents.transformer.agent import TransformerAgent
+from mmenvs_agents.transformer.block import looking
 from mmenvs_agents.transformer.config import ModelConfig
 from mmenvs_agents.transformer.episodes import NEVER
 from mmenvs_agents.transformer.watch import Watched as TransformerWatched
 from mmenvs_agents.transformer.watch import gaze_of as transformer_gaze
-from mmenvs_agents.transformer.watch import looking
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner

@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from .model import TransformerPolicy
 
 
-def looking(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """The attention ``(B, K)`` of queries ``(B, heads, d)`` to keys ``(B, K, kv_heads, d)`` with ``bias`` ``(B, K)``
-    on the scores, the mean over the heads."""
-    grouped = q.detach().float().unflatten(1, (k.shape[2], -1))  # (B, kv_heads, heads / kv_heads, d)
-    scores = torch.einsum("bhgd,bkhd->bhgk", grouped, k.detach().float()) * q.shape[-1] ** -0.5
-    return torch.softmax(scores + bias[:, None, None], -1).mean((1, 2))
-
-
 class Watched:
     """An agent's ``predict`` for one environment, and in ``gaze`` what it looked at when it was last asked.
 

@@ -181,6 +181,23 @@ def policy_code(name: str) -> str:
     return hashlib.sha256(Path(origin).read_bytes()).hexdigest()[:12] if origin else ""
 
 
+@cache
+def package_version() -> str:
+    """A hash of what the scores depend on: the Python files and the weights of mmenvs and mmenvs_agents."""
+    found = hashlib.sha256()
+    for package in ("mmenvs", "mmenvs_agents"):
+        folder = Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.safetensors")]):
+            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
+def code_version(agent: str) -> str:
+    """The version of the code that an agent's scores come from; with that of a module from elsewhere."""
+    own = policy_code(agent)
+    return f"{package_version()}+{own}" if own else package_version()
+
+
 def _own(name: str, id: str, env_kwargs: Mapping[str, Any], seed: int) -> Any:
     """A policy of one's own, with those of ``id, env_kwargs, observation_space, action_space, seed`` it takes."""
     cls = policy_class(name)

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,7 +136,7 @@ def benchmark(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
             )
         origin = provenance(device)
-        codes = {name: code_version(name) for name in {run["agent"] for run in runs}}
+        codes = {name: players.code_version(name) for name in {run["agent"] for run in runs}}
         if not mix:
             _check_codes(store, codes)
         plan.save(out)
@@ -195,20 +193,3 @@ def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
                     f"rows of {name} in {str(store.path)!r} come from another version of its files: "
                     "choose another folder, or say --mix"
                 )
-
-
-@cache
-def package_version() -> str:
-    """A hash of what the scores depend on: the Python files and the weights of mmenvs and mmenvs_agents."""
-    found = hashlib.sha256()
-    for package in ("mmenvs", "mmenvs_agents"):
-        folder = Path(str(importlib.import_module(package).__file__)).parent
-        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.safetensors")]):
-            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()[:12]
-
-
-def code_version(agent: str) -> str:
-    """The version of the code that an agent's scores come from; with that of a module from elsewhere."""
-    own = players.policy_code(agent)
-    return f"{package_version()}+{own}" if own else package_version()

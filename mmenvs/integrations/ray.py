@@ -114,7 +114,7 @@ def run_all(
 
     Args:
         runs, execute, device, threads, timeout: as for the pool; a run takes ``threads`` processors.
-        codes: version of the code (:func:`mmenvs.benchmark.runner.code_version`) of each agent; where a machine
+        codes: version of the code (:func:`mmenvs.benchmark.players.code_version`) of each agent; where a machine
             has another one, the run fails.
         gpus: share of a GPU that a run on ``"cuda"`` takes; at most 1, or several whole ones.
         address: as for :func:`on_ray`.
@@ -198,7 +198,7 @@ def _execute(
 ) -> tuple[str, Any, dict[str, Any]]:
     """Do a run, on whatever machine this is: what :func:`mmenvs.benchmark.pool.attempt` gives, and the machine."""
     from mmenvs.benchmark.measure import machine
-    from mmenvs.benchmark.runner import code_version
+    from mmenvs.benchmark.players import code_version
 
     def tell(share: float, score: float | None) -> None:
         board.tell.remote(number, share, score)
