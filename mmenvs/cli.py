@@ -100,6 +100,7 @@ def show(
             whose = "mmenvs_agents.transformer" if is_transformer(player) else "mmenvs.embeddings"
             player = importlib.import_module(f"{whose}.watch").Watched(player)
         env = gym.make(id, render_mode="rgb_array", **env_kwargs)
+        out_folder(out.parent)
     ends_only = out.suffix.lower() == ".png"
     frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
     env.close()
@@ -176,6 +177,8 @@ def demo(
         total = budget if steps is None else parse_steps(steps)
         agents("sb3").resolve_device(device)
         out_folder(out)
+        if (out / "agent" / "settings.json").exists():
+            raise ValueError(f"out={str(out)!r} holds the agent of a demo: choose another folder with --out")
     results = demonstration.run(out, total, device, seed, typer.echo)
     print_results(results)
     typer.echo(f"left in {out}: learning_curve.png, episodes.png, results.json, agent/ (the trained agent)")

@@ -84,7 +84,11 @@ def pretrain(
         try:
             pretraining.pretrain(settings, out, device=name, resume=resume, report=report)
         except KeyboardInterrupt:
-            typer.echo(f"stopped early; 'mmenvs pretrain --out {out} --resume' goes on")
+            saved = (out / pretraining.STATE).exists()
+            following = (
+                f"'mmenvs pretrain --out {out} --resume' goes on" if saved else "nothing was learned yet"
+            )
+            typer.echo(f"stopped early; {following}")
             raise typer.Exit(130) from None
     typer.echo(f"saved: {out}; wherever 'shapes' stands, 'joint:{out}' may")
 
@@ -150,9 +154,10 @@ def embed(
             kwargs["source"] = open_source(source, id)
         task = load_and_check(cls, 256, "ids", {**SPECS[id].kwargs, **kwargs})
         chosen: Any = embedding
-        if Path(embedding).is_dir():
+        known = embedding in NAMES or embedding.startswith(PREFIX)
+        if not known and Path(embedding).is_dir():
             chosen = extractor_in(load_agent(Path(embedding), device, source)[0].policy)
-        elif embedding not in NAMES and not embedding.startswith(PREFIX):
+        elif not known:
             raise ValueError(
                 f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "
                 f"there is no folder {embedding!r}"
@@ -191,6 +196,8 @@ def _settings(given: list[str], known: Mapping[str, Any]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not (name and sign and value):
             raise ValueError(f"--set must be NAME=VALUE such as candidates=3, got {text!r}")
+        if name == "num_envs":
+            raise ValueError(f"--set {text}: a pool has no num_envs")
         if name in settings or name in known or name == "source":
             raise ValueError(f"--set {text}: {name} is given twice, or has an option of its own")
         try:

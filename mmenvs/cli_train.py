@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -254,7 +255,7 @@ def distill(
         out_folder(out, "agent")
         say = spokesman(student)
     say(f"{size} learns from {teacher} on {id}, {student.device}; logs: tensorboard --logdir {out}")
-    stopped = "what it has learned is kept, and 'mmenvs train --resume' would go on with PPO"
+    stopped = "what it has learned is kept, and this would go on with PPO"
     finish(student, total, out, say, f"mmenvs evaluate {out}", stopped=stopped)
 
 
@@ -380,7 +381,7 @@ def finish(
     say: Callable[[str], None],
     following: str,
     alarm: Any = None,
-    stopped: str = "'mmenvs train --resume' goes on",
+    stopped: str | None = None,
 ) -> None:
     """Train an agent, and say what is in its folder then."""
     # Of processes that learn together the first one writes.
@@ -392,6 +393,7 @@ def finish(
             finished = agents("sb3").train(model, total, out)
     say(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
-        say(f"stopped early; {stopped}")
+        again = f"mmenvs train {model.settings.id} --out {shlex.quote(str(out))} --steps {total} --resume"
+        say(f"stopped early; {stopped or 'this goes on'}: {again}")
         raise typer.Exit(130)
     say(f"next: {following}")

@@ -61,7 +61,11 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
             ALGORITHM, ID, fusion=FUSION, encoders={}, device=device, seed=seed, env_kwargs=ENV_KWARGS
         )
         if not sb3.train(agent, steps, folder):
-            other_core.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            say(
+                f"stopped early; 'mmenvs train {ID} --out {folder} --steps {steps} --resume' goes on with the agent alone"
+            )
             raise KeyboardInterrupt
         say(f"all answer the same {episodes:,} questions of the test split")
         players = {"agent": agent, **{name: name for name in ("most_frequent", "random", "oracle")}}

@@ -24,7 +24,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place once the block has ended without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -33,6 +36,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        # A full disk is told by a write, which knows no name.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -63,15 +70,19 @@ def out_folder(path: str | os.PathLike[str], kind: str | None = None) -> Path:
     Raises:
         ValueError: if it is a file, holds results of another kind, or can't be made or written to.
     """
-    path = check_out(path, kind)
+    path = made_folder("out", check_out(path, kind))
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"out={str(path)!r} can't be written to; choose another folder with --out")
+    return path
+
+
+def made_folder(name: str, path: Path) -> Path:
+    """``path`` as a folder that is there; a ``ValueError`` that names the argument if it can't be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"out={str(path)!r} can't be made: {error.strerror}; choose another folder with --out"
-        ) from None
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"out={str(path)!r} can't be written to; choose another folder with --out")
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"{name}={str(path)!r} can't be made a folder: {reason}") from None
     return path
 
 

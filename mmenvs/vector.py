@@ -61,6 +61,10 @@ class _Buffers:
 class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any]]):
     """``num_envs`` episodes of a task side by side. Make it with ``gym.make_vec(id, num_envs=n)``.
 
+    Observations may be kept and written into. But where an episode is a single step, ``final_obs`` is the observation
+    that was handed out before it, not a copy: as large as the pictures of a step are, copying would take half as long
+    as drawing them.
+
     Args:
         task: task class or ``"module:Class"``; the id brings it along.
         num_envs: number of rows, at least 1.
@@ -111,7 +115,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.ones(num_envs, np.bool_)
         self._last: dict[str, npt.NDArray[Any]] | None = None
-        # Fixed observations of the running episodes, as what was handed out may be written into.
+        # Fixed observations of episodes that go on, as what was handed out may be written into.
         self._kept: dict[str, npt.NDArray[Any]] = {}
 
     def reset(
@@ -124,13 +128,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             options: ``{"reset_mask": (num_envs,) bool}`` resets those rows only.
         """
         check_options(options, ("reset_mask",))
-        super().reset(seed=seed if isinstance(seed, int) else None)
-        rows = self._masked_rows(options)
-        seeds = [seed] * self.num_envs if seed is None or isinstance(seed, int) else list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed must hold num_envs={self.num_envs} seeds, got {len(seeds)}")
-        if isinstance(seed, int):
-            seeds = [seed + i for i in range(self.num_envs)]
+        rows, seeds = self._masked_rows(options), self._seeds_of(seed)
+        super().reset(seed=seeds[0] if np.isscalar(seed) else None)
         if seed is None and self._seeded[rows].all():
             self._episodes[rows] += 1
         else:
@@ -139,9 +138,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
                 if chosen is None and self._seeded[i]:
                     self._episodes[i] += 1
                     continue
-                if chosen is not None and (isinstance(chosen, bool) or chosen != int(chosen) or chosen < 0):
-                    raise ValueError(f"seed must be a non-negative integer, got {chosen!r}")
-                self._seeds[i] = seed_word(new_seed(self.np_random) if chosen is None else int(chosen))
+                self._seeds[i] = seed_word(new_seed(self.np_random) if chosen is None else chosen)
                 self._seeded[i], self._episodes[i] = True, 0
         self._begin(rows)
         return self._publish(self._observe(rows)), self._info(rows)
@@ -214,6 +211,23 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         if self._last is None:
             raise gym.error.ResetNeeded("call reset() before render()")
         return tuple(self.task.render(row) for row in range(self.num_envs))
+
+    def _seeds_of(self, seed: Any) -> list[int | None]:
+        """The seed of each row, None where its stream goes on."""
+        several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes)
+        given = list(seed) if several else [seed]
+        for each in given:
+            whole = isinstance(each, int | np.integer) and not isinstance(each, bool)
+            if each is not None and not (whole and each >= 0):
+                raise ValueError(
+                    f"seed must be None, a non-negative integer, or one of these for each of {self.num_envs} rows, "
+                    f"got {each!r}"
+                )
+        if several and len(given) != self.num_envs:
+            raise ValueError(f"seed must hold num_envs={self.num_envs} seeds, got {len(given)}")
+        if several:
+            return [None if each is None else int(each) for each in given]
+        return [None if seed is None else int(seed) + i for i in range(self.num_envs)]
 
     def _masked_rows(self, options: dict[str, Any] | None) -> Rows:
         if options is None or "reset_mask" not in options:

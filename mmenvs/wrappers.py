@@ -97,7 +97,8 @@ class Encoder:
         """The observations that agents see, of rows encoded name by name."""
         if self.embedding.output == "pooled":
             return np.concatenate([encoded[name] for name in self.names], 1)
-        return {name: encoded[name].reshape(-1, *self.embedding.dims[name]) for name in self.names}
+        # Copies: agents may write into what they are given.
+        return {name: encoded[name].reshape(-1, *self.embedding.dims[name]).copy() for name in self.names}
 
     def forward(self, name: str, rows: Array) -> Encoded:
         """Encodings ``(n, T * d)`` float32 of raw observations ``(n, ...)`` of one name, whatever is cached."""
@@ -149,7 +150,7 @@ class EmbedObservation(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordCo
                 last = self._last[name] = (raw.copy(), self.encoder.encode(name, raw[None]))
             encoded[name] = last[1]
         joined = self.encoder.join(encoded)
-        return {k: v[0].copy() for k, v in joined.items()} if isinstance(joined, dict) else joined[0]
+        return {k: v[0] for k, v in joined.items()} if isinstance(joined, dict) else joined[0]
 
 
 class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]):
@@ -209,9 +210,7 @@ class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]
                 if ended.size == self.num_envs:
                     self._encoded[name] = self._encode(name, raw, ended)
                 elif ended.size:
-                    # A copy: tokens that were handed out are views.
-                    self._encoded[name] = now = before.copy()
-                    now[ended] = self._encode(name, raw[ended], ended)
+                    before[ended] = self._encode(name, raw[ended], ended)
                 continue
             last = [infos["final_obs"][row][name] for row in ended]
             both = self.encoder.encode(name, np.concatenate([raw, np.stack(last)]) if last else raw)

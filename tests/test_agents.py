@@ -169,6 +169,23 @@ def test_training_runs_on_cuda():
     assert next(agent.policy.parameters()).is_cuda
 
 
+def told(parts):
+    return parts["scene_f1"] / 2
+
+
+def test_a_reward_that_is_a_function_is_handed_over_again(tmp_path):
+    kwargs = {"reward": told, "difficulty": np.int64(1)}
+    agent = make_agent("ppo", "MMRL/Captioning-v0", **SMALL, **LITTLE["ppo"], env_kwargs=kwargs)
+    save(agent, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"reward of its environment was an object.*env_kwargs=\{'reward': ...\}"
+    ):
+        load(tmp_path, "cpu")
+    again = load(tmp_path, "cpu", {"reward": told})
+    assert again.get_env().get_attr("reward")[0] is told
+    assert again.get_env().get_attr("difficulty")[0] == 1
+
+
 def test_damaged_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no agent in"):
         load(tmp_path / "nowhere")
@@ -177,7 +194,10 @@ def test_damaged_folders_are_named(tmp_path):
     file = next(tmp_path.glob("weights_*"))
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=r"cannot load the agent in .* is damaged$"):
+    with pytest.raises(ValueError, match=r"cannot load the agent in .* is damaged: weights_0"):
+        load(tmp_path, "cpu")
+    file.write_bytes(whole[:-100] + bytes(100))
+    with pytest.raises(ValueError, match=r"weights_0.safetensors is damaged: .* checksum"):
         load(tmp_path, "cpu")
     document = json.loads((tmp_path / "settings.json").read_text())
     file.write_bytes(whole)

@@ -417,7 +417,8 @@ def test_a_folder_that_is_deleted_meanwhile(tmp_path, monkeypatch):
     [
         (lambda: EmbeddingCache(budget_mb=0), ValueError, "budget_mb must be from 1"),
         (lambda: EmbeddingCache(budget_mb=0.5), TypeError, "budget_mb"),
-        (lambda: EmbeddingCache(__file__), ValueError, "is a file"),
+        (lambda: EmbeddingCache(__file__), ValueError, "folder='.*' can't be made a folder: it is a file"),
+        (lambda: EmbeddingCache(__file__ + "/x"), ValueError, "folder='.*' can't be made a folder: Not a directory"),
         (lambda: EmbeddingCache().section("../x", 3), ValueError, "32 hex digits"),
         (lambda: EmbeddingCache().section(ONE, 0), ValueError, "dim must be from 1"),
         (lambda: EmbeddingCache(budget_mb=1).section(ONE, 10**6), ValueError, "needs 31 at least"),

@@ -169,9 +169,18 @@ def test_a_function_must_return_finite_numbers(reward):
         ({"reward": "spice"}, ValueError, "reward must be made of 'scene_f1', 'cider', .*got 'spice'"),
         ({"reward": {}}, ValueError, "reward must be made of"),
         ({"reward": {"f1": 1.0}}, ValueError, "reward must be made of"),
-        ({"reward": {"cider": "1"}}, ValueError, r"reward\['cider'\] must be a finite number, got '1'"),
-        ({"reward": {"cider": float("nan")}}, ValueError, "must be a finite number, got nan"),
-        ({"reward": {"cider": True}}, ValueError, "must be a finite number, got True"),
+        (
+            {"reward": {"cider": 1e308}},
+            ValueError,
+            r"reward\['cider'\] must be a number from -1e6 to 1e6, got 1e\+308",
+        ),
+        (
+            {"reward": {"cider": "1"}},
+            ValueError,
+            r"reward\['cider'\] must be a number from -1e6 to 1e6, got '1'",
+        ),
+        ({"reward": {"cider": float("nan")}}, ValueError, "must be a number from -1e6 to 1e6, got nan"),
+        ({"reward": {"cider": True}}, ValueError, "must be a number from -1e6 to 1e6, got True"),
         (
             {"reward": 3},
             TypeError,

@@ -282,6 +282,9 @@ def test_bad_steps(tmp_path, text):
         (f"show {VQA} --out {{}}/a.png --difficulty 4", "difficulty must be 0, 1, 2 or 3, got '4'"),
         (f"show {VQA} --out {{}}/a.png --difficulty hard", "difficulty must be 0, 1, 2 or 3, got 'hard'"),
         (f"show {VQA} --out {{}}/a.png --agent {{}}/missing", "no agent in"),
+        (f"show {VQA} --out {__file__}/a.png", "out must be a folder, "),
+        (f"embed {VQA} --pool-size 2 --set num_envs=3 --out {{}}/c", "a pool has no num_envs"),
+        (f"embed {VQA} --pool-size 2 --out {__file__}/c", "can't be made a folder: Not a directory"),
         (f"show {VQA} --out {{}}/a.png --source imagenet:x", "source must be vqav2:FOLDER or coco:FOLDER"),
         (f"show {VQA} --out {{}}/a.png --source vqav2:{{}}/missing", "missing"),
         ("train MMRL/Captions-v0 --out {}/a", "did you mean MMRL/Captioning-v0"),
@@ -338,6 +341,7 @@ def test_demo_in_short(tmp_path):
     assert read["oracle"]["success"]["value"] == 1.0 and read["steps"]["agent"] == 2048
     for name in ("learning_curve.png", "episodes.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 10
+    assert "holds the agent of a demo" in run("demo", "--short", "--out", tmp_path, code=2)
     assert "2 episodes" in run(
         "show",
         VQA,

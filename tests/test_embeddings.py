@@ -240,6 +240,8 @@ SPACE = spaces.Dict({"image": modalities.image(32), "text": modalities.text(WORD
         ({"encoders": {"image": 3}}, TypeError, "torch module"),
         ({"encoders": {"image": nn.Flatten(2)}}, ValueError, "width=64"),
         ({"modalities": {"image": "smell"}}, ValueError, "'smell'"),
+        ({"modalities": {"image": "text"}}, ValueError, r"shape \(32, 32, 3\), got 'text', which has 1 axes"),
+        ({"modalities": {"text": "images"}}, ValueError, "'images', which has 4 axes"),
         ({"visible": ("sound",)}, ValueError, "sound"),
         ({"visible": ()}, ValueError, "one of image, text must be there"),
         ({"visible": "image"}, TypeError, "sequence of names"),
@@ -269,6 +271,8 @@ def test_errors_name_what_is_allowed(arguments, error, words):
         ({"text": torch.zeros(2, LENGTH).long()}, "one batch size, got image 3, text 2"),
         ({"text": torch.full((3, LENGTH), WORDS)}, f"word ids from 0 to {WORDS - 1}, got {WORDS} to {WORDS}"),
         ({"text": torch.full((3, LENGTH), -1)}, "word ids from 0"),
+        ({"text": torch.full((3, LENGTH), 1.5)}, "whole numbers, got torch.float32"),
+        ({"image": torch.zeros(0, 32, 32, 3)}, r"one row at least, got \(0, 32, 32, 3\)"),
     ],
 )
 def test_batches_that_do_not_fit_the_space(changes, words):

@@ -232,6 +232,7 @@ def test_mended_and_lost_pictures(tmp_path, decoded):
         lambda content: content[:-100] + b"\0" * 82 + content[-18:],
         lambda content: content[100:],
         lambda content: os.urandom(len(content)),
+        lambda content: content[:5000] + b"\0" * 2000 + content[7000:],  # pixels of the second picture
     ],
 )
 def test_damaged_cache_is_built_again(tmp_path, damage, decoded):
@@ -259,8 +260,8 @@ def test_stopped_in_the_middle(tmp_path, monkeypatch):
 
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        ImageStore(three(tmp_path), cache=tmp_path / "file").prepare(32)
+    with pytest.raises(ValueError, match=r"cache='.*file' can't be made a folder: it is a file"):
+        ImageStore(three(tmp_path), cache=tmp_path / "file")
 
 
 def _fill(paths, cache, barrier, results):

@@ -115,3 +115,7 @@ def test_bad_sizes_are_named(id, pool_size, error):
 def test_a_source_is_its_own_pool(id):
     with pytest.raises(ValueError, match="pool_size must be None with a source"):
         task_class(id)(1, pool_size=3, source=object())
+    with pytest.raises(
+        ValueError, match="difficulty must be 0 with a source, whose pictures have none, got 2"
+    ):
+        task_class(id)(1, difficulty=2, source=object())

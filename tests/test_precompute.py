@@ -148,6 +148,12 @@ def test_the_command_embeds_a_data_set(tmp_path, folder, computed):
     assert "pool_size must be None with a source" in run(*arguments, "--pool-size", 3, code=2)
 
 
+def test_a_folder_with_the_name_of_an_embedding_changes_nothing(tmp_path, computed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    assert "image, question of 5 scenes" in run(VQA, "--pool-size", 5, "--out", tmp_path / "c")
+
+
 def test_the_same_command_and_a_larger_pool(tmp_path, computed):
     def size(count):
         return float(run(VQA, "--pool-size", count, "--split", "val", "--out", tmp_path).split()[-2])

@@ -114,7 +114,22 @@ def test_wrong_arguments():
         make_vec_env(VQA, 2, text="string")
     with pytest.raises(ValueError, match="SameStep"):
         MultimodalVecEnv(gym.make_vec(VQA, num_envs=2, autoreset_mode="Disabled"))
+    for what in (gym.make(VQA), None):
+        with pytest.raises(TypeError, match="env must be a vector environment"):
+            MultimodalVecEnv(what)
+    with pytest.raises(TypeError, match=r"env must be a vector environment.*got None"):
+        make_vec_env(VQA, 2, wrap=lambda envs: None)
+    for seed, error in (("a", TypeError), (1.5, TypeError), (-5, ValueError)):
+        with pytest.raises(error, match="seed must be"):
+            make_vec_env(VQA, 2, seed=seed)
+    with pytest.raises(ValueError, match="features_dim must be from 1"):
+        MultimodalExtractor(gym.make(VQA).observation_space, features_dim=0)
     env = make_vec_env(VQA, 2, seed=0)
+    with pytest.raises(ValueError, match="seed must be"):
+        env.seed(-5)
+    with pytest.raises(ValueError, match="options must have no keys"):
+        env.set_options({"x": 1})
+    env.set_options()
     env.reset()
     with pytest.raises(gym.error.InvalidAction):
         env.step(np.array([0, 10**6]))

@@ -261,6 +261,24 @@ def test_agents_of_before_there_was_a_fusion_have_none(tmp_path):
     assert begun.settings.fusion == "attention"
 
 
+def told(parts):
+    return parts["scene_f1"] / 2
+
+
+def test_a_reward_that_is_a_function_is_handed_over_again(tmp_path):
+    agent = make_agent(CAPTIONING, env_kwargs={**SMALL, "reward": told})
+    agent.learn(64, out=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"reward of its environment was an object.*env_kwargs=\{'reward': ...\}"
+    ):
+        TransformerAgent.load(tmp_path, device="cpu")
+    again = TransformerAgent.load(tmp_path, device="cpu", env_kwargs={"reward": told})
+    assert again.get_env().task.reward is told
+    assert_same(again, agent)
+    elsewhere = TransformerAgent.load(tmp_path, gym.make_vec(CAPTIONING, num_envs=4, **SMALL), device="cpu")
+    assert_same(elsewhere, agent)
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no agent"):
         TransformerAgent.load(tmp_path)
@@ -269,6 +287,9 @@ def test_missing_and_broken_files(tmp_path):
     whole = state.read_bytes()
     state.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"state_0\.safetensors is damaged"):
+        TransformerAgent.load(tmp_path, device="cpu")
+    state.write_bytes(whole[:-100] + bytes(100))
+    with pytest.raises(ValueError, match=r"state_0\.safetensors is damaged: .* checksum"):
         TransformerAgent.load(tmp_path, device="cpu")
     state.unlink()
     with pytest.raises(FileNotFoundError, match="state_0"):

@@ -168,6 +168,10 @@ def test_bad_actions_leave_everything_as_it_was(id, actions):
     [
         (lambda e: e.reset(seed=[1, 2]), ValueError, "num_envs=4"),
         (lambda e: e.reset(seed=[1, 2, 3, -4]), ValueError, "non-negative"),
+        (lambda e: e.reset(seed=[np.nan, 1, 2, 3]), ValueError, "non-negative integer.*got nan"),
+        (lambda e: e.reset(seed=1.5), ValueError, "non-negative integer.*got 1.5"),
+        (lambda e: e.reset(seed="1234"), ValueError, "non-negative integer.*got '1234'"),
+        (lambda e: e.reset(seed=True), ValueError, "non-negative integer.*got True"),
         (lambda e: e.reset(options={"reset_mask": [True] * N}), TypeError, "bool array"),
         (lambda e: e.reset(options={"reset_mask": np.zeros(N, bool)}), ValueError, "one True"),
         (lambda e: e.reset(options={"reset_mask": np.ones(2, bool)}), ValueError, "shape"),
@@ -175,10 +179,12 @@ def test_bad_actions_leave_everything_as_it_was(id, actions):
     ],
 )
 def test_bad_resets_are_named(id, call, error, says):
-    envs = gym.make_vec(id, num_envs=N)
+    envs, twin = (gym.make_vec(id, num_envs=N) for _ in range(2))
     envs.reset(seed=0)
+    twin.reset(seed=0)
     with pytest.raises(error, match=says):
         call(envs)
+    assert same(envs.reset(), twin.reset())  # the streams go on as if nothing had been asked
     envs.step(envs.oracle_actions())
 
 
@@ -197,6 +203,8 @@ def test_bad_construction_is_named():
 
 @every_id
 def test_seeds_per_row_and_without_seed(id):
+    envs = gym.make_vec(id, num_envs=3)
+    assert same(envs.reset(seed=np.int64(3)), gym.make_vec(id, num_envs=3).reset(seed=3))
     envs = gym.make_vec(id, num_envs=3)
     several, _ = envs.reset(seed=[5, None, 5])
     assert all(same(v[0], v[2]) for v in several.values())

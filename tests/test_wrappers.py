@@ -235,6 +235,23 @@ def test_kept_observations_stay_and_copies_go_on():
 # The embedding itself.
 
 
+def test_tokens_that_are_handed_out_may_be_written_into():
+    envs, twin = (
+        VectorEmbedObservation(gym.make_vec("MMRL/Captioning-v0", 3), "shapes", output="tokens")
+        for _ in range(2)
+    )
+    first, second = envs.reset(seed=0)[0], twin.reset(seed=0)[0]
+    for _ in range(40):
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+            first[name][:] = 7.0
+        actions = twin.oracle_actions()
+        (first, *_, infos), (second, *_, others) = envs.step(actions), twin.step(actions)
+        for row in np.flatnonzero(others.get("_final_obs", ())):
+            for name in first:
+                np.testing.assert_array_equal(infos["final_obs"][row][name], others["final_obs"][row][name])
+
+
 def test_the_fingerprint_tells_what_decides_the_output():
     space = task_class(VQA)(1).observation_space
 
@@ -343,7 +360,11 @@ GOOD = {"image": nn.Flatten(2), "question": nn.Embedding(97, 4)}
             ValueError,
             "embedding must be one of 'shapes', got 'shape'",
         ),
-        (lambda: load_embedding(3, SPACE), TypeError, "embedding must be 'shapes', an Extractor"),
+        (
+            lambda: load_embedding(3, SPACE),
+            TypeError,
+            "embedding must be 'shapes', 'joint:DIR', an Extractor",
+        ),
         (lambda: load_embedding(GOOD, SPACE, "mean"), ValueError, "output must be one of 'pooled', 'tokens'"),
         (lambda: load_embedding(GOOD, SPACE["image"]), TypeError, "must be a Dict space of .*, got Box"),
         (

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import stable_baselines3
 import torch
 from gymnasium.error import NameNotFound
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from mmenvs.checks import integer_in
@@ -22,6 +20,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from ..curriculum import Curriculum, Progress
+from ..saved import check_handed, kept_arguments, pack, unpack
 from .agent import episode_seed, face, make_agent, settings_of
 
 FORMAT = 1
@@ -37,20 +36,20 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     steps = agent.num_timesteps
     weights = agent.policy.state_dict()
-    distinct = {name: weights[name].contiguous() for name in set(_first_names(weights).values())}
+    distinct = {name: weights[name] for name in set(_first_names(weights).values())}
     with replacing(path / f"weights_{steps}.safetensors") as file:
-        file.write_bytes(serialise(distinct))
+        file.write_bytes(pack(distinct))
     state = agent.policy.optimizer.state_dict()
     with replacing(path / f"optimizer_{steps}.pt") as file:
         torch.save(state, file)
-    settings = asdict(settings_of(agent))
-    # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
-    if not isinstance(settings["env_kwargs"].get("source"), str):
-        settings["env_kwargs"].pop("source", None)
+    settings = asdict(replace(settings_of(agent), env_kwargs={}))
+    # The command line keeps the name of a reader of real data.
+    settings["env_kwargs"], handed = kept_arguments(settings_of(agent).env_kwargs)
     document = {
         "format": FORMAT,
         "steps": steps,
         "settings": settings,
+        "handed": handed,
         "joints": joint_hashes(agent.policy),
         "progress": asdict(agent.progress),  # type: ignore[attr-defined]
         "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
@@ -78,8 +77,8 @@ def load(
     Args:
         folder: where it was saved.
         device: as for :func:`make_agent`.
-        env_kwargs: takes the place of single saved arguments of the environment; a ``source`` of real data
-            isn't saved and must be given here. The difficulty of a curriculum stays.
+        env_kwargs: takes the place of single saved arguments of the environment; a ``source`` of real data and a
+            reward that is a function aren't saved and must be given here. The difficulty of a curriculum stays.
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
@@ -104,6 +103,7 @@ def load(
         settings = dict(document["settings"])
         steps = int(document["steps"])
         joints = dict(document.get("joints", {}))
+        handed = [str(name) for name in document.get("handed", [])]
         progress = Progress(**document.get("progress", {}))
         if settings.get("curriculum") is not None:
             settings["curriculum"] = Curriculum(**settings["curriculum"])
@@ -122,6 +122,7 @@ def load(
         raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+    check_handed(handed, env_kwargs)
     try:
         agent = make_agent(**settings, device=device, **recipe, **arguments)
     except (FileNotFoundError, NameNotFound, ImportError):
@@ -136,10 +137,12 @@ def load(
         if not (path / name).is_file():
             raise FileNotFoundError(f"{str(path / name)!r} is missing")
     try:
-        weights = load_file(path / f"weights_{steps}.safetensors", str(agent.device))
+        weights, _ = unpack(path / f"weights_{steps}.safetensors", str(agent.device))
         state = torch.load(path / f"optimizer_{steps}.pt", map_location=agent.device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{problem}the file of its weights or of its optimiser is damaged") from error
+        raise ValueError(
+            f"{problem}the file of its weights or of its optimiser is damaged: {error}"
+        ) from error
     try:
         firsts = _first_names(agent.policy.state_dict())
         if weights.keys() - set(firsts.values()):

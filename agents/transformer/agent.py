@@ -424,7 +424,8 @@ class TransformerAgent:
 
         Raises:
             FileNotFoundError: if the folder or one of its files is missing.
-            ValueError: if the files are damaged, of another format or another kind of agent.
+            ValueError: if the files are damaged, of another format or another kind of agent; if an argument of the
+                environment that isn't saved, as a reward that is a function, isn't in ``env_kwargs``.
         """
         return saving.load(cls, folder, env, device, env_kwargs, compile)
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 import mmenvs
 from mmenvs.checks import integer_in
 from mmenvs.files import replacing
 
+from ..saved import pack, unpack
 from .settings import KIND
 
 FORMAT = 2
@@ -39,9 +38,8 @@ def write(
     """
     path = Path(folder)
     state = f"state_{counters['steps']}.safetensors"
-    whole = {name: value.contiguous() for name, value in tensors.items()}
     with replacing(path / state) as file:
-        file.write_bytes(serialise(whole, {name: str(value) for name, value in counters.items()}))
+        file.write_bytes(pack(tensors, {name: str(value) for name, value in counters.items()}))
     versions = {"mmenvs": mmenvs.__version__, "torch": torch.__version__}
     document = {"format": FORMAT, "agent": KIND, **counters, "coefficients": coefficients}
     document |= {"settings": settings, "versions": versions}
@@ -100,13 +98,9 @@ def read_tensors(
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is missing")
     try:
-        with safe_open(file, "pt", device=device) as opened:
-            found = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"cannot load the agent in {str(folder)!r}: {file.name} is damaged: {error}"
-        ) from error
+        tensors, found = unpack(file, device)
+    except ValueError as error:
+        raise ValueError(f"cannot load the agent in {str(folder)!r}: {error}") from error
     if any(found.get(name, "0") != str(value) for name, value in counters.items()):
         raise ValueError(
             f"cannot load the agent in {str(folder)!r}: {file.name} and {SETTINGS} are of different checkpoints"

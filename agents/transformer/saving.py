@@ -18,6 +18,7 @@ from mmenvs.embeddings.optimizers import load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, Progress
+from ..saved import check_handed, kept_arguments
 from . import checkpoint
 from .algorithms import RECIPES
 from .config import ATTENTION, Backbone, ModelConfig
@@ -32,10 +33,9 @@ if TYPE_CHECKING:
 
 def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
     """See :meth:`TransformerAgent.save`."""
-    settings = asdict(agent.settings)
-    # A reader of real data is no setting; load() is handed one, and the command line keeps its name.
-    if not isinstance(settings["env_kwargs"].get("source"), str):
-        settings["env_kwargs"].pop("source", None)
+    settings = asdict(replace(agent.settings, env_kwargs={}))
+    # The command line keeps the name of a reader of real data.
+    settings["env_kwargs"], settings["handed"] = kept_arguments(agent.settings.env_kwargs)
     settings["joints"] = joint_hashes(agent.policy)
     tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
     if agent.reference is not None:
@@ -60,6 +60,7 @@ def load(
     problem = f"cannot load the agent in {str(folder)!r}: "
     try:
         id, kwargs = settings["id"], {**settings["env_kwargs"], **(env_kwargs or {})}
+        handed = [str(name) for name in settings.get("handed", [])]
         size = ModelConfig(**settings["model"])
         method = one_of("method", settings["method"], tuple(RECIPES))
         known = settings["recipe"]
@@ -83,6 +84,8 @@ def load(
         raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
     if id is None and env is None:
         raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")
+    if env is None:
+        check_handed(handed, env_kwargs)
     check_compile(compile, torch.device(resolve_device(device)))
     try:
         agent = cls(

@@ -17,14 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 from PIL import Image, ImageOps
+from xxhash import xxh3_64_intdigest
 
 from mmenvs.checks import integer_in, one_of
-from mmenvs.files import replacing
+from mmenvs.files import made_folder, replacing
 
 MAX_PIXELS = 64_000_000  # of one picture, about 190 MB decoded
 MAX_SIZE = 1024  # side of the stored pictures
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel or fewer
-_MAGIC = b"mmenvs pictures 1\n"
+_MAGIC = b"mmenvs pictures 2\n"
 _CHUNK = 64  # pictures decoded side by side
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class _Held(NamedTuple):
     """What a cache file holds: the pixels of all pictures, then this index as JSON, its length, the magic."""
 
     stamps: npt.NDArray[np.int64]  # (n, 2) as ImageStore._stamps
+    sums: npt.NDArray[np.uint64]  # (n,) xxh3-64 of each picture
     broken: dict[int, str]  # picture -> why it can't be read; its pixels are 0
     pictures: Pictures  # (n, size, size, 3), mapped
 
@@ -87,7 +89,8 @@ class ImageStore:
     Files are decoded when a size is asked for the first time, and kept decoded in one file for each size
     in ``cache``, at 12 KB a picture of 64 x 64. That file knows the path, length in bytes and modification
     time of each picture; one that has changed is decoded again. The file is written aside and renamed, so
-    any number of processes may share it. Copies share the pictures on disk too.
+    any number of processes may share it. Copies share the pictures on disk too. A picture is held to its checksum when
+    it is first read; if one is damaged, the file is named in a warning and built again.
 
     Args:
         paths: JPEG or PNG files; picture i is ``paths[i]``.
@@ -107,13 +110,14 @@ class ImageStore:
         self, paths: Iterable[str | Path], *, on_error: str = "raise", cache: str | Path | None = None
     ) -> None:
         self.on_error: str = one_of("on_error", on_error, ("raise", "skip"))
-        self.cache = Path(os.path.abspath(default_cache() if cache is None else cache))
+        self.cache = made_folder("cache", Path(os.path.abspath(default_cache() if cache is None else cache)))
         self.paths = tuple(os.path.abspath(path) for path in paths)
         if not self.paths:
             raise ValueError("paths must hold at least one picture, got none")
         self.usable = np.ones(len(self.paths), np.bool_)
         self._reasons: dict[int, str] = {}
-        self._maps: dict[int, Pictures] = {}
+        self._held: dict[int, _Held] = {}
+        self._sound: dict[int, npt.NDArray[np.bool_]] = {}  # (n,) which pictures have their checksum
         # Length in bytes and time of modification in ns; -1 for a file that is missing.
         self._stamps = np.array([_stamp(path) for path in self.paths], np.int64).reshape(-1, 2)
         self._leave_out(
@@ -136,15 +140,14 @@ class ImageStore:
             OSError: if the cache can't be written.
         """
         integer_in("size", size, 1, MAX_SIZE)
-        if size in self._maps:
+        if size in self._held:
             return
-        names = "\n".join((*self.paths, str(size)))
-        file = self.cache / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}-{size}.pictures"
+        file = self._file(size)
         held = _load(file, len(self), size)
         if held is None or (held.stamps != self._stamps).any():
             held = self._build(file, size, held)
         self._leave_out(ValueError, held.broken)
-        self._maps[size] = held.pictures
+        self._held[size], self._sound[size] = held, np.zeros(len(self), np.bool_)
 
     def read(
         self, indices: npt.NDArray[np.int64], size: int, out: Pictures, rows: npt.NDArray[np.int64]
@@ -158,11 +161,28 @@ class ImageStore:
         if not self.usable[indices].all():
             first = int(indices[np.argmin(self.usable[indices])])
             raise ValueError(f"{self.paths[first]} was left out: {self._reasons[first]}")
-        _copy_rows(self._maps[size], indices, out, rows)
+        self._check_sums(indices, size)
+        _copy_rows(self._held[size].pictures, indices, out, rows)
+
+    def _check_sums(self, indices: npt.NDArray[np.int64], size: int) -> None:
+        """Build the cache file of a size again if one of these pictures isn't what was written there."""
+        held, sound = self._held[size], self._sound[size]
+        for i in indices[~sound[indices]]:
+            if xxh3_64_intdigest(held.pictures[i].data) != held.sums[i]:
+                file = self._file(size)
+                _log.warning("%s is damaged (%s) and will be built again", file, self.paths[i])
+                self._held[size] = self._build(file, size, None)
+                sound[:] = False
+                return
+            sound[i] = True
+
+    def _file(self, size: int) -> Path:
+        names = "\n".join((*self.paths, str(size)))
+        return self.cache / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}-{size}.pictures"
 
     def __getstate__(self) -> dict[str, Any]:
         # The pictures stay on disk; the copy maps them again when it needs them.
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_held": {}, "_sound": {}}
 
     def _leave_out(self, error: type[Exception], reasons: dict[int, str]) -> None:
         """Raise ``error`` for these pictures, or leave them out, as ``on_error`` says."""
@@ -192,6 +212,7 @@ class ImageStore:
 
         _log.info("decoding %d pictures at %d x %d into %s", stale.sum(), size, size, file)
         broken: dict[int, str] = {}
+        sums: list[int] = []
         blank = bytes(size * size * 3)
         with replacing(file) as temporary, open(temporary, "wb") as out, ThreadPoolExecutor() as pool:
             for start in range(0, len(self), _CHUNK):
@@ -199,8 +220,12 @@ class ImageStore:
                 for i, result in zip(chunk, pool.map(fetch, chunk), strict=True):
                     if isinstance(result, str):
                         broken[i] = result
-                    out.write(blank if isinstance(result, str) else result.data)
-            index = json.dumps({"stamps": self._stamps.tolist(), "broken": list(broken.items())}).encode()
+                    pixels = blank if isinstance(result, str) else np.ascontiguousarray(result).data
+                    sums.append(xxh3_64_intdigest(pixels))
+                    out.write(pixels)
+            index = json.dumps(
+                {"stamps": self._stamps.tolist(), "sums": sums, "broken": list(broken.items())}
+            ).encode()
             out.write(index + struct.pack("<Q", len(index)) + _MAGIC)
         built = _load(file, len(self), size)
         if built is None:
@@ -230,10 +255,11 @@ def _load(file: Path, count: int, size: int) -> _Held | None:
             opened.seek(pixels)
             index = json.loads(opened.read()[:-tail])
             stamps = np.array(index["stamps"], np.int64).reshape(count, 2)
+            sums = np.array(index["sums"], np.uint64).reshape(count)
             pictures = np.asarray(np.memmap(opened, np.uint8, "r", shape=(count, size, size, 3)))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         _log.warning("%s is damaged and will be built again: %s", file, error)
         return None
-    return _Held(stamps, {int(i): str(reason) for i, reason in index["broken"]}, pictures)
+    return _Held(stamps, sums, {int(i): str(reason) for i, reason in index["broken"]}, pictures)

@@ -23,6 +23,7 @@ from numba import njit
 from mmenvs.checks import integer_in
 from mmenvs.embeddings import shards
 from mmenvs.embeddings.keys import Keys, Table, checked
+from mmenvs.files import made_folder
 
 _SHARD_BYTES = 64 * 2**20
 _REFRESH_SECONDS = 1.0
@@ -55,9 +56,7 @@ class EmbeddingCache:
         if self.folder is not None:
             if not str(folder):
                 raise ValueError("folder must name a folder, got ''; None keeps all in memory")
-            if self.folder.exists() and not self.folder.is_dir():
-                raise ValueError(f"folder must be a folder, {str(folder)!r} is a file")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            made_folder("folder", self.folder)
         self.shard_bytes = min(_SHARD_BYTES, self.budget // 8)
         self.lock = threading.RLock()
         self.sections: dict[tuple[str, int], Section] = {}

@@ -299,8 +299,8 @@ def load_embedding(
         modalities = {name: modality_of(part) for name, part in observation_space.items()}
     else:
         raise TypeError(
-            f"embedding must be {', '.join(map(repr, NAMES))}, an Extractor, a dict of modules or an Embedding, "
-            f"got {embedding!r}"
+            f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR', an Extractor, a dict of modules or an "
+            f"Embedding, got {embedding!r}"
         )
     if set(encoders) != set(names):
         raise ValueError(f"embedding encodes {', '.join(encoders)}, the observations are {', '.join(names)}")

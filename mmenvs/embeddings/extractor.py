@@ -67,6 +67,10 @@ ENCODERS: dict[Modality, dict[str, type[nn.Module]]] = {
     "vector": {"linear": LinearEncoder},
     "tokens": {"linear": TokenEncoder},
 }
+# Axes of an observation of each modality; sound may have channels.
+AXES: dict[Modality, tuple[int, ...]] = {
+    "image": (3,), "images": (4,), "text": (1,), "audio": (1, 2), "vector": (1,), "tokens": (2,)
+}  # fmt: skip
 
 
 class Extractor(nn.Module):
@@ -134,6 +138,11 @@ class Extractor(nn.Module):
                     f"modalities[{name!r}] must be one of {', '.join(ENCODERS)}, got {modality!r}"
                 )
             space = cast(spaces.Box, part)
+            if len(space.shape) not in AXES[modality]:
+                raise ValueError(
+                    f"modalities[{name!r}] must fit an observation of shape {space.shape}, got {modality!r}, which "
+                    f"has {' or '.join(map(str, AXES[modality]))} axes"
+                )
             self.modalities[name] = modality
             self.encoders[name] = _encoder(name, modality, space, encoders.get(name), width)
             self._lengths[name] = self._count_tokens(name, space)
@@ -298,6 +307,8 @@ class Extractor(nn.Module):
             raise ValueError(
                 f"observation[{name!r}] must be (B, {', '.join(map(str, space.shape))}), got {tuple(x.shape)}"
             )
+        if not len(x):
+            raise ValueError(f"observation[{name!r}] must have one row at least, got {tuple(x.shape)}")
         if self.modalities[name] in ("image", "images") and x.dtype != torch.uint8 and x.numel():
             low, high = float(x.min()), float(x.max())
             if not (x.is_floating_point() and low >= -_ROUNDING and high <= 1 + _ROUNDING):
@@ -311,6 +322,11 @@ class Extractor(nn.Module):
             if not (low >= 0 and high < words):
                 raise ValueError(
                     f"observation[{name!r}] must hold word ids from 0 to {words - 1}, got {low:g} to {high:g}"
+                )
+            # Stable-Baselines3 makes floats of them.
+            if x.is_floating_point() and not torch.equal(x, x.round()):
+                raise ValueError(
+                    f"observation[{name!r}] must hold word ids, which are whole numbers, got {x.dtype}"
                 )
 
     def tokens(self, observation: Mapping[str, Tensor], missing: Sequence[str] = ()) -> tuple[Tensor, Tensor]:

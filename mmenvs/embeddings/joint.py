@@ -199,7 +199,8 @@ class ShapesEncoder(nn.Module):
         if self.modality == "text" and int(np.max(space.high)) + 1 != len(VOCABULARY):
             raise ValueError(
                 f"{name!r} knows the world's {len(VOCABULARY)} words only, this text has "
-                f"{int(np.max(space.high)) + 1}; use another encoder for it"
+                f"{int(np.max(space.high)) + 1}; use another encoder for it, such as 'gru', or the folder of an agent "
+                "that learned one"
             )
         integer_in("width", width, 1, 2**16)
         joint = named_joint(name)

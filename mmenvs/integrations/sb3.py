@@ -15,8 +15,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
+from mmenvs.checks import integer_in
 from mmenvs.embeddings import Extractor, Fusion
 from mmenvs.embeddings.extractor import Precision
+from mmenvs.env import check_options
 from mmenvs.spaces import Modality, channels_last, picture_shape
 from mmenvs.vector import MultimodalVectorEnv
 
@@ -37,10 +39,13 @@ class MultimodalVecEnv(VecEnv):
             :class:`mmenvs.wrappers.VectorEmbedObservation`.
 
     Raises:
-        ValueError: if ``env`` resets in another way.
+        TypeError: if ``env`` is no vector environment.
+        ValueError: if it resets in another way.
     """
 
     def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any]) -> None:
+        if not isinstance(env, gym.vector.VectorEnv):
+            raise TypeError(f"env must be a vector environment, as gym.make_vec gives it, got {env!r}")
         mode = env.metadata["autoreset_mode"]
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(f"env must have autoreset_mode='SameStep', got {mode.value!r}")
@@ -76,6 +81,16 @@ class MultimodalVecEnv(VecEnv):
                 raise ValueError(f"{name} of env must be {had}, got {has}")
         self.env.close()
         self.env, self.native = env, other.native
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seeds of the next reset: row i gets ``seed + i``; None draws them."""
+        return super().seed(None if seed is None else integer_in("seed", seed, 0, 2**63 - 1))
+
+    def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """The environments take no options at a reset; any are a ``ValueError``."""
+        for each in options if isinstance(options, list) else [options]:
+            check_options(each, ())
+        super().set_options(options)
 
     def reset(self) -> Observation:
         seeds = None if self._seeds[0] is None else [int(seed) for seed in self._seeds if seed is not None]
@@ -240,7 +255,7 @@ class MultimodalExtractor(BaseFeaturesExtractor):
         precision: Precision = "float32",
         visible: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(observation_space, features_dim)
+        super().__init__(observation_space, integer_in("features_dim", features_dim, 1, 2**20))
         self.extractor = Extractor(
             observation_space, encoders, fusion, features_dim, modalities, width, precision, visible
         )

@@ -17,8 +17,10 @@ from mmenvs.world.scene import DIFFICULTIES, SPLITS
 Rows = npt.NDArray[np.int64]
 
 
-def check_no_pool(pool_size: Any) -> None:
-    """Refuse a pool of scenes where the episodes come from a source."""
+def check_with_source(pool_size: Any, difficulty: int) -> None:
+    """Refuse what is of the world's scenes where the episodes come from a source."""
+    if difficulty:
+        raise ValueError(f"difficulty must be 0 with a source, whose pictures have none, got {difficulty}")
     if pool_size is not None:
         raise ValueError(
             f"pool_size must be None with a source, whose items are a finite pool already, got {pool_size!r}"

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from mmenvs import rewards
 from mmenvs import spaces as modalities
 from mmenvs.checks import check_flag, check_image_size
-from mmenvs.tasks.base import Rows, Task, check_no_pool
+from mmenvs.tasks.base import Rows, Task, check_with_source
 from mmenvs.text import END, PAD, START, UNKNOWN
 from mmenvs.world import captions, random, render, scene
 from mmenvs.world.words import VOCABULARY
@@ -62,6 +62,8 @@ class Captioning(Task):
     and the relations between them; a phrase tells of an object of its shape, each object counts once
     (`mmenvs.world.captions.score_rows`).
     Relations and, at difficulty 0 with its only texture, textures needn't be told, but have to be right.
+    Words that captions don't use, as plurals and numbers, tell of nothing: they earn nothing, and a plural of what
+    the scene lacks is no hallucination.
 
     `shaping=True` pays earlier what is earned earlier: each word also gets the change it makes in the scene F1 of
     the words so far, and the last one gives back their sum, so that the return stays the same
@@ -102,7 +104,7 @@ class Captioning(Task):
     ## Arguments
 
     * `split="train"`: `"train"`, `"val"`, `"test"` or `"compositional"`; disjoint by what stands where.
-    * `difficulty=0`: 0 to 3. The scenes of each level are in `mmenvs.world.scene.DIFFICULTIES`.
+    * `difficulty=0`: 0 to 3; 0 with a source. The scenes of each level are in `mmenvs.world.scene.DIFFICULTIES`.
     * `image_size=64`: even, 32 to 512 pixels.
     * `reward=None`: None is `"scene_f1"`, or `"cider"` with a source. The name of a part, a dict of weights
       such as `{"scene_f1": 1.0, "hallucination": -0.5}`, or a function from the parts of m ended captions,
@@ -154,7 +156,7 @@ class Captioning(Task):
             self.scenes = scene.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
-            check_no_pool(pool_size)
+            check_with_source(pool_size, difficulty)
             _check_source(source)
             source.prepare(self.image_size)
             self.parts = tuple(name for name in _PARTS if name not in _SCENE_PARTS)
@@ -396,6 +398,6 @@ def _check_reward(
             + (" (the others need the world's scenes)" if set(unknown) & set(_SCENE_PARTS) else "")
         )
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
-            raise ValueError(f"reward[{name!r}] must be a finite number, got {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not -1e6 <= weight <= 1e6:
+            raise ValueError(f"reward[{name!r}] must be a number from -1e6 to 1e6, got {weight!r}")
     return {name: float(weight) for name, weight in weights.items()}

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from mmenvs import spaces as modalities
 from mmenvs.checks import check_image_size, integer_in
-from mmenvs.tasks.base import Rows, Task, check_no_pool
+from mmenvs.tasks.base import Rows, Task, check_with_source
 from mmenvs.world import questions, random, render, scene
 from mmenvs.world.phrasings import MAX_FILLER, fill_rows
 from mmenvs.world.words import VOCABULARY
@@ -65,7 +65,7 @@ class VQA(Task):
     ## Arguments
 
     * `split="train"`: `"train"`, `"val"`, `"test"` or `"compositional"`; disjoint by what stands where.
-    * `difficulty=0`: 0 to 3. The scenes of each level are in `mmenvs.world.scene.DIFFICULTIES`. Level 0 asks
+    * `difficulty=0`: 0 to 3; 0 with a source. The scenes of each level are in `mmenvs.world.scene.DIFFICULTIES`. Level 0 asks
       exist, count, query shape and query colour; 1 adds query size, query texture, relation and
       compare attribute; 2 adds compare counts and superlative; 3 adds and, or.
     * `image_size=64`: even, 32 to 512 pixels.
@@ -112,7 +112,7 @@ class VQA(Task):
             self.questions = questions.empty(num_envs)
             self.atlas = render.atlas(self.image_size, self.level.grid, self.level.rotation)
         else:
-            check_no_pool(pool_size)
+            check_with_source(pool_size, difficulty)
             if filler:
                 raise ValueError(f"filler must be 0 with a source, got {filler}")
             _check_source(source, ("questions", "score", "prepare", "select", "pictures"))

@@ -1,0 +1,76 @@
+"""What agents of both kinds keep of themselves in files: arguments of their environment, and tensors with a checksum."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+from xxhash import xxh3_64
+
+_CHECKSUM = "xxh3_64"
+
+
+def kept_arguments(env_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments that JSON can hold, and the names of the others, such as a reward that is a function.
+
+    A reader of real data is neither: it is where pictures lie on this machine, not what the agent is.
+    """
+    kept, others = {}, []
+    for name, value in env_kwargs.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            json.dumps(value)
+            kept[name] = value
+        except TypeError:
+            others.append(name)
+    return kept, [name for name in others if name != "source"]
+
+
+def check_handed(needed: Collection[str], env_kwargs: Mapping[str, Any] | None) -> None:
+    """That arguments which a file can't hold are there again."""
+    for name in needed:
+        if name not in (env_kwargs or {}):
+            raise ValueError(
+                f"{name} of its environment was an object, which isn't saved: load needs "
+                f"env_kwargs={{{name!r}: ...}}"
+            )
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file with a checksum of the tensors in its metadata."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return serialise(whole, {**(metadata or {}), _CHECKSUM: _checksum(whole)})
+
+
+def unpack(file: str | os.PathLike[str], device: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of :func:`pack`, on a device, and the metadata. Files of before there were checksums have none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        with safe_open(file, "pt", device=device) as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.path.basename(file)} is damaged: {error}") from error
+    if metadata.get(_CHECKSUM, _checksum(tensors)) != _checksum(tensors):
+        raise ValueError(
+            f"{os.path.basename(file)} is damaged: its tensors don't have the checksum they were saved with"
+        )
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    found = xxh3_64()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
