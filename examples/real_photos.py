@@ -13,7 +13,6 @@ import json
 import tempfile
 from pathlib import Path
 
-import skimage
 from mmenvs_agents.evaluation import evaluate
 from PIL import Image
 from stable_baselines3 import PPO
@@ -21,6 +20,11 @@ from stable_baselines3 import PPO
 import mmenvs
 from mmenvs import MultimodalExtractor
 from mmenvs.datasets import VQAv2
+
+try:
+    import skimage
+except ImportError:
+    raise SystemExit("the photographs are those of scikit-image: pip install scikit-image") from None
 
 ID = "MMRL/VQA-v0"
 PART = "train2014"

@@ -92,6 +92,10 @@ def show(
             env_kwargs["source"] = open_source(source, id)
         player: Any = agent
         if agent not in ("oracle", "random"):
+            if (Path(agent) / "vlm.json").is_file():
+                raise ValueError(
+                    f"agent={agent!r} is a vision-language model, which 'mmenvs evaluate' plays, not 'show'"
+                )
             player, trained = load_agent(Path(agent), device, source)
             if player.settings.id != id:
                 raise ValueError(f"the agent in {agent!r} was trained on {player.settings.id}, not on {id}")
@@ -106,6 +110,12 @@ def show(
     env.close()
     with user_errors():
         media.write(out, frames, media.FPS, sound)
+    gaze = getattr(player, "gaze", None)
+    if gaze is not None and gaze.heat is None and gaze.weights is None:
+        typer.echo(
+            "what the agent looks at isn't drawn: fusion by cross_attention, transformer, weighted_sum and gated, and a "
+            "transformer agent with a trunk of its own, tell it"
+        )
     typer.echo(f"{count(episodes, 'episode')}: mean return {np.mean(returns):.3f}, {sum(successes)} solved")
     typer.echo(f"written: {out}")
 
@@ -144,8 +154,11 @@ def evaluate(
             }.items()
         }
     rising = getattr(model.settings, "curriculum", None) is not None
+    unread = model.unparsable / model.answers if hasattr(model, "unparsable") else None
     if as_json:
         document = {"folder": str(folder), "steps": model.num_timesteps}
+        if unread is not None:
+            document["unparsable"] = unread
         if rising:
             document["curriculum_difficulty"] = model.progress.level
         typer.echo(
@@ -159,6 +172,8 @@ def evaluate(
     if rising:
         typer.echo(f"its curriculum had risen to difficulty {model.progress.level}")
     print_results(results)
+    if unread is not None:
+        typer.echo(f"answers that couldn't be read: {unread:.1%}")
 
 
 @app.command()

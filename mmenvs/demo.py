@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -47,7 +48,8 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
     folder = out / "agent"
     threads = torch_threads(1)
     # The blind agents learn on the other core meanwhile. Networks this small gain nothing from two threads.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other_core:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as other_core:
         blind = {
             f"{key}_only": other_core.submit(train_blind, key, blind_steps, device, seed, episodes)
             for key in ("question", "image")

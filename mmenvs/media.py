@@ -343,7 +343,7 @@ def _draw_sound(image: Image.Image, audio: npt.NDArray[np.float32], x: int, y: i
     padded = np.pad(audio, (window // 2, window))
     centres = np.linspace(0, audio.size - 1, width).astype(np.int64)
     frames = padded[centres[:, None] + np.arange(window)] * np.hanning(window)
-    power = np.abs(np.fft.rfft(frames)).T[1:161] ** 2  # up to 5 kHz, where the voices are
+    power = np.abs(np.fft.rfft(frames)).T[1:177] ** 2  # up to 5.5 kHz, where the voices are
     decibel = 10 * np.log10(power + 1e-10)
     bright = np.clip((decibel - decibel.max() + 60) / 60, 0, 1)[::-1]
     colour = np.stack([np.interp(bright, _RAMP[:, 0], _RAMP[:, 1 + c]) for c in range(3)], -1).astype(

@@ -19,9 +19,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mmenvs.benchmark import board as boards
-from mmenvs.benchmark import episodes, job, players, results, runner, store
+from mmenvs.benchmark import episodes, job, players, plots, results, runner, stats, store
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.pool import Done, Progress, failed
+from mmenvs.benchmark.results import Entry
 from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask, suite_named
 from mmenvs.cli import app
@@ -757,3 +758,11 @@ def test_lines_tell_how_far_a_run_is(monkeypatch):
 )
 def test_command_errors(arguments, message, tmp_path):
     assert message in command(*(each.format(tmp_path) for each in arguments), code=2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(5e-6, 50.0), (3.0, 100.0), (1.0, 3000.0)])
+def test_costs_of_any_spread_have_labels_that_can_be_read(low, high):
+    entries = [Entry(str(cost), stats.Interval(0.5, 0.4, 0.6), {"seconds": cost}) for cost in (low, high)]
+    drawn = plots.pareto("seconds", entries, plots.styles([entry.name for entry in entries]))
+    labels = re.findall(r">([^<>\n]*)</text>", drawn.split("training, s")[0])
+    assert 3 <= len(labels) <= 9, labels

@@ -135,12 +135,23 @@ def test_without_ray(tmp_path, monkeypatch):
         (["--engine", "spark"], "engine must be one of 'local', 'ray'"),
         (["--address", "auto"], "address is for engine='ray', got 'auto' with engine='local'"),
         (["--engine", "ray", "--workers", "2"], "workers is for engine='local', got 2"),
-        (["--gpus", "1.5"], "gpus must be above 0 and at most 1, or a whole number, got 1.5"),
-        (["--gpus", "0"], "gpus must be above 0"),
+        (["--gpus", "0.5"], "gpus is for engine='ray', got 0.5 with engine='local'"),
+        (
+            ["--engine", "ray", "--gpus", "1.5"],
+            "gpus must be above 0 and at most 1, or a whole number, got 1.5",
+        ),
+        (["--engine", "ray", "--gpus", "0"], "gpus must be above 0"),
     ],
 )
 def test_command_errors(arguments, message, tmp_path):
     assert message in command("benchmark", "--out", tmp_path / "out", *arguments, code=2)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:x"])
+def test_an_address_without_a_cluster(address, tmp_path):
+    assert not pytest.importorskip("ray", reason="Ray, of the extra ray, is not installed").is_initialized()
+    said = command("benchmark", "--out", tmp_path, "--engine", "ray", "--address", address, code=2)
+    assert f"address must be 'auto' or HOST:PORT of a running cluster, got {address!r}" in said
 
 
 def test_the_command_hands_over(tmp_path, monkeypatch):

@@ -304,6 +304,7 @@ def test_show_lays_the_gaze_over_a_saved_agent(tmp_path, algo):
         command = ["show", VQA, "--agent", str(tmp_path / fusion), "--episodes", "1", "--device", "cpu"]
         result = CliRunner().invoke(app, [*command, "--out", str(out)])
         assert result.exit_code == 0, result.output
+        assert ("what the agent looks at isn't drawn" in result.output) == (fusion == "concat")
     heated, plain = (
         np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
         for name in ("cross_attention", "concat")

@@ -22,7 +22,7 @@ from stable_baselines3 import PPO
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmenvs import spaces as modalities
-from mmenvs.embeddings import FUSIONS, Extractor, Pretrained, load_embedding
+from mmenvs.embeddings import ENCODERS, FUSIONS, Extractor, Pretrained, load_embedding
 from mmenvs.embeddings.pretrained_media import Preprocess, PretrainedEncoder
 from mmenvs.embeddings.pretrained_text import SubwordTable
 from mmenvs.integrations.sb3 import MultimodalExtractor, make_vec_env
@@ -567,6 +567,16 @@ def test_from_pretrained_by_default_is_gated_and_takes_settings(folder):
     # A modality that is missing doesn't run at all.
     with extractor.without("question"):
         assert extractor({"film": observation["film"]}).shape == (2, 256)
+
+
+def test_an_image_model_is_for_sets_of_pictures_where_there_are_no_others(folder):
+    model = folder("image", "vit")
+    sets = spaces.Dict({"candidates": SPACES["images"]})
+    one, other = (Extractor.from_pretrained(sets, **{name: model}, width=WIDTH) for name in ("image", "video"))
+    assert type(one.encoders["candidates"]) is type(other.encoders["candidates"])
+    both = spaces.Dict({"picture": SPACES["image"], "candidates": SPACES["images"]})
+    extractor = Extractor.from_pretrained(both, image=model, width=WIDTH)
+    assert type(extractor.encoders["candidates"]) is ENCODERS["images"]["cnn"]
 
 
 def test_from_pretrained_names_a_modality_that_isnt_there(folder):

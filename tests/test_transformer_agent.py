@@ -279,6 +279,33 @@ def test_a_reward_that_is_a_function_is_handed_over_again(tmp_path):
     assert_same(elsewhere, agent)
 
 
+def test_what_predict_is_handed_is_checked():
+    agent = make_agent()
+    observation, _ = gym.make_vec(VQA, num_envs=3, **SMALL).reset(seed=0)
+    _, state = agent.predict(observation)
+    with pytest.raises(TypeError, match="observation must be a dict of image, question, got NoneType"):
+        agent.predict(None)
+    with pytest.raises(ValueError, match=r"episode_start must hold 3 bools, got shape \(1,\)"):
+        agent.predict(observation, state=state, episode_start=np.array([True]))
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1e39])
+def test_rewards_that_are_no_finite_numbers_are_named(reward):
+    class Paid(gym.Wrapper):
+        def step(self, action):
+            return *(seen := self.env.step(action))[:1], reward, *seen[2:]
+
+    def make():
+        return Paid(gym.make(VQA, **SMALL))
+
+    envs = gym.vector.SyncVectorEnv([make] * 4, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    with pytest.raises(
+        ValueError,
+        match=f"rewards of the environment must be finite float32 numbers, got {reward}".replace("+", "."),
+    ):
+        make_agent(envs).learn(64)
+
+
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no agent"):
         TransformerAgent.load(tmp_path)

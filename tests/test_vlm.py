@@ -566,7 +566,10 @@ def test_the_command_trains_shows_before_and_after_and_evaluate_reads_it(folder,
     assert set(json.loads((out / "results.json").read_text())) >= {"zero-shot", "tuned", "oracle"}
     document = json.loads(command("evaluate", out, "--episodes", 10, "--device", "cpu", "--json"))
     assert document["steps"] == 2
-    assert document["agent"]["id"] == VQA
+    assert document["agent"]["id"] == VQA and 0 <= document["unparsable"] <= 1
+    assert "answers that couldn't be read: " in command("evaluate", out, "--episodes", 2, "--device", "cpu")
+    shown = command("show", VQA, "--agent", out, "--out", tmp_path / "x.png", code=2)
+    assert "is a vision-language model, which 'mmenvs evaluate' plays" in shown
     assert "holds a fine-tuned model already" in command(*given, code=2)
     assert "has sound" in command(
         "finetune-vlm", MATCHING, "--model", folder(), "--out", tmp_path / "x", code=2

@@ -383,11 +383,10 @@ class TransformerAgent:
         elif not isinstance(state, Playing) or state.cache.rows != n:
             raise ValueError(f"state must be what predict returned for {n} rows, got {type(state).__name__}")
         else:
-            starts = torch.as_tensor(
-                np.zeros(n, np.bool_)
-                if episode_start is None
-                else np.array(episode_start, np.bool_).reshape(n)
-            )
+            begins = np.zeros(n, np.bool_) if episode_start is None else np.array(episode_start, np.bool_)
+            if begins.size != n:
+                raise ValueError(f"episode_start must hold {n} bools, got shape {begins.shape}")
+            starts = torch.as_tensor(begins.reshape(n))
         masks = None
         if action_masks is not None:
             masks = torch.as_tensor(np.asarray(action_masks, np.bool_).reshape(n, -1), device=self.device)

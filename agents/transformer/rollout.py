@@ -148,7 +148,11 @@ def collect(
         for name, kept in changing.items():
             kept.append(observation[name])
         observation, rewards, terminated, truncated, infos = envs.step(policy.actor.to_env(raw))
-        gains = torch.as_tensor(np.asarray(rewards, np.float32))
+        with np.errstate(over="ignore"):
+            gains = torch.as_tensor(np.asarray(rewards, np.float32))
+        if not gains.isfinite().all():
+            bad = np.asarray(rewards)[~gains.isfinite().numpy()][0]
+            raise ValueError(f"rewards of the environment must be finite float32 numbers, got {bad}")
         now = {"actions": raw, "log_probs": log_probs.cpu(), "values": values.cpu(), "rewards": gains}
         for name, value in now.items():
             record[name].append(value)
@@ -231,6 +235,8 @@ def batched(
     observation: Mapping[str, Any], names: tuple[str, ...], space: spaces.Dict
 ) -> tuple[dict[str, npt.NDArray[Any]], bool]:
     """Observations with a batch axis, pictures channels last, and whether they came without the axis."""
+    if not isinstance(observation, Mapping):
+        raise TypeError(f"observation must be a dict of {', '.join(names)}, got {type(observation).__name__}")
     arrays, single = {}, False
     for name in names:
         if name not in observation:

@@ -161,7 +161,8 @@ def begin_with(policy: TransformerPolicy, folder: str | os.PathLike[str]) -> Non
         policy.load_state_dict(_part(tensors, "policy."))
     except RuntimeError:
         raise ValueError(
-            f"init={str(folder)!r} must be an agent of an environment with these observations and actions"
+            f"init={str(folder)!r} must be an agent of an environment with these observations and actions, it is one of "
+            f"{settings['id']}"
         ) from None
 
 

@@ -163,7 +163,7 @@ def fitted(
     for part in (*restraints.penalties, *restraints.limits) if task is not None else ():
         if part not in parts:
             known = ", ".join(parts) or "there are none here"
-            raise ValueError(f"penalties and limits must be of parts of the score ({known}), got {part!r}")
+            raise ValueError(f"a penalty and a limit must name a part of the score ({known}), got {part!r}")
     return replace(
         settings,
         fixed=tuple(sorted(getattr(task, "fixed", ()))) if fixed is None else tuple(fixed),

@@ -136,7 +136,7 @@ def pareto(key: str, candidates: Sequence[Costed], look: dict[str, Style]) -> st
             axes.set_xscale("log")
             from matplotlib.ticker import LogLocator, NullFormatter
 
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(

@@ -160,7 +160,7 @@ def _entry(board: Board, agent: str) -> Entry:
 def _curve(board: Board, agent: str, task: str) -> Any:
     """Steps and the mean test return at each checkpoint, over the runs; None if they have different numbers of those."""
     points = [record.curve for record in board.cells.get((agent, task), [])]
-    if len({len(curve) for curve in points}) != 1 or len(points[0]) < 2:
+    if len({len(curve) for curve in points}) != 1:
         return None
     # Where episodes have several steps, the rollouts before a checkpoint aren't as long in every run.
     steps = [float(np.mean([step for step, _ in reached])) for reached in zip(*points, strict=True)]

@@ -125,6 +125,8 @@ def benchmark(
     one_of("engine", engine, ("local", "ray"))
     if engine == "local" and address is not None:
         raise ValueError(f"address is for engine='ray', got {address!r} with engine={engine!r}")
+    if engine == "local" and gpus != 1.0:
+        raise ValueError(f"gpus is for engine='ray', got {gpus} with engine={engine!r}")
     if not (0 < gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
         raise ValueError(f"gpus must be above 0 and at most 1, or a whole number, got {gpus}")
     ray = importlib.import_module("mmenvs.integrations.ray") if engine == "ray" else None

@@ -171,7 +171,8 @@ class Extractor(nn.Module):
             observation_space: as above.
             image, text, audio, video: name or folder of the model for all observations of the modality, a
                 :class:`~mmenvs.embeddings.Pretrained` with settings of its own, or an encoder in ``ENCODERS``.
-                ``video`` is for films and sets of pictures; an image model there looks at each picture.
+                ``video`` is for films and sets of pictures; an image model there looks at each picture. Where there
+                are only such and no single pictures, ``image`` stands for it.
                 Modalities not given get their default encoder.
             fusion: as above.
             train, output, vocabulary, local_files_only: as in :class:`~mmenvs.embeddings.Pretrained`, for all.
@@ -203,6 +204,8 @@ class Extractor(nn.Module):
                 continue
             modality = MODALITIES[keyword]
             names = [name for name, its in found.items() if its == modality]
+            if not names and keyword == "image" and video is None:
+                names = [name for name, its in found.items() if its == "images"]
             if not names:
                 has = ", ".join(f"{name} ({its})" for name, its in found.items())
                 raise ValueError(
