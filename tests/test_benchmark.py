@@ -631,6 +631,24 @@ def test_an_agent_that_lacks_a_task_is_not_averaged(tmp_path):
     )
 
 
+def test_agents_without_a_checkpoint_are_said_to_have_no_line(tmp_path):
+    fill(tmp_path, replace(PLAN, agents=("ppo",), seeds=1))
+    with Store(tmp_path, write=True) as opened:
+        for run in replace(PLAN, agents=("a2c",), seeds=1).runs():
+            if run["agent"] == "a2c":
+                last = bench_runs.rows_of(run)[-1]  # its first rollout was the last
+                opened.append([{**last, "provenance": ORIGIN}])
+    with Store(tmp_path) as opened:
+        board = boards.read(opened)
+    text = "\n".join(results.remarks(board))
+    assert (
+        "no line under Sample efficiency" not in text
+        and "without a line under Sample efficiency: a2c." in text
+    )
+    drawn = results.figures(board)
+    assert ">a2c</text>" not in drawn["efficiency"] and ">a2c</text>" in drawn["curve_0"]
+
+
 def test_versions_that_differ_are_said(tmp_path):
     fill(tmp_path, SMALL)
     (run,) = [run for run in SMALL.runs() if run["agent"] == "ppo" and run["difficulty"] == 0]

@@ -572,7 +572,9 @@ def test_from_pretrained_by_default_is_gated_and_takes_settings(folder):
 def test_an_image_model_is_for_sets_of_pictures_where_there_are_no_others(folder):
     model = folder("image", "vit")
     sets = spaces.Dict({"candidates": SPACES["images"]})
-    one, other = (Extractor.from_pretrained(sets, **{name: model}, width=WIDTH) for name in ("image", "video"))
+    one, other = (
+        Extractor.from_pretrained(sets, **{name: model}, width=WIDTH) for name in ("image", "video")
+    )
     assert type(one.encoders["candidates"]) is type(other.encoders["candidates"])
     both = spaces.Dict({"picture": SPACES["image"], "candidates": SPACES["images"]})
     extractor = Extractor.from_pretrained(both, image=model, width=WIDTH)

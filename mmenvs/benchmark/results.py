@@ -101,6 +101,13 @@ def remarks(board: Board, seeds: int | None = None) -> list[str]:
             "Without a score on every task, so not ranked, as averages over different sets of tasks "
             f"can't be compared: {'; '.join(some)}{more}."
         )
+    trained = [agent for agent in board.ranked if agent in board.trained()]
+    short = [agent for agent in trained if _scores_by_share(board, agent) is None]
+    if 0 < len(short) < len(trained):
+        found.append(
+            f"Without a score at every checkpoint of the suite, which few steps leave out, and so without a line under "
+            f"Sample efficiency: {'; '.join(short)}."
+        )
     if len({code.partition("+")[0] for code in board.codes}) > 1:
         found.append("Careful: these rows come from different versions of the code, see the last table.")
     devices = sorted({str(json.loads(origin).get("device")) for origin in board.origins})
@@ -169,7 +176,13 @@ def _curve(board: Board, agent: str, task: str) -> Any:
 
 
 def _efficiency(board: Board, agent: str) -> Any:
-    """Share of the budget, and the interquartile mean over all tasks at each checkpoint."""
+    """Share of the budget, and the interquartile mean over all tasks at each checkpoint; None without all of them."""
+    found = _scores_by_share(board, agent)
+    return None if found is None else (found[0], stats.sample_efficiency(found[1]))
+
+
+def _scores_by_share(board: Board, agent: str) -> Any:
+    """The shares of the budget at which an agent was scored, and for each task and run the normalised scores there."""
     tasks, shares = [], None
     for task, records in board.of(agent).items():
         low, high = board.floor(task, "test", "random"), board.cells["oracle", task][0].returns["test"].mean()
@@ -178,7 +191,7 @@ def _efficiency(board: Board, agent: str) -> Any:
         shares = [*records[0].run.get("checkpoints", []), 1.0]
     if not shares or {len(run) for runs in tasks for run in runs} != {len(shares)} or len(shares) < 2:
         return None
-    return shares, stats.sample_efficiency(tasks)
+    return shares, tasks
 
 
 def _flat(table: Table) -> tuple[list[str], list[list[Any]]]:
