@@ -61,7 +61,7 @@ def unpack(file: str | os.PathLike[str], device: str) -> tuple[dict[str, Tensor]
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.path.basename(file)} is damaged: {error}") from error
-    if metadata.get(_CHECKSUM, _checksum(tensors)) != _checksum(tensors):
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(tensors):
         raise ValueError(
             f"{os.path.basename(file)} is damaged: its tensors don't have the checksum they were saved with"
         )
@@ -71,6 +71,6 @@ def unpack(file: str | os.PathLike[str], device: str) -> tuple[dict[str, Tensor]
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     found = xxh3_64()
     for name in sorted(tensors):
-        found.update(name.encode())
+        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         found.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

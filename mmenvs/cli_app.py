@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +48,11 @@ def user_errors() -> Iterator[None]:
 def agents(name: str) -> Any:
     """A module of the agents, which this package doesn't import by itself."""
     return importlib.import_module(f"mmenvs_agents.{name}")
+
+
+def command(*words: object) -> str:
+    """A command of this package as a user types it."""
+    return shlex.join(["mmenvs", *map(str, words)])
 
 
 def is_transformer(model: Any) -> bool:

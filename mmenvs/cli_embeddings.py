@@ -19,6 +19,7 @@ from mmenvs.cli_app import (
     Split,
     agents,
     app,
+    command,
     load_agent,
     open_source,
     parse_difficulty,
@@ -85,10 +86,8 @@ def pretrain(
             pretraining.pretrain(settings, out, device=name, resume=resume, report=report)
         except KeyboardInterrupt:
             saved = (out / pretraining.STATE).exists()
-            following = (
-                f"'mmenvs pretrain --out {out} --resume' goes on" if saved else "nothing was learned yet"
-            )
-            typer.echo(f"stopped early; {following}")
+            again = f"this goes on: {command('pretrain', '--out', out, '--resume')}"
+            typer.echo(f"stopped early; {again if saved else 'nothing was learned yet'}")
             raise typer.Exit(130) from None
     typer.echo(f"saved: {out}; wherever 'shapes' stands, 'joint:{out}' may")
 

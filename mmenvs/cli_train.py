@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmenvs.cli_app import (
     Source,
     agents,
     app,
+    command,
     is_transformer,
     load_agent,
     open_source,
@@ -184,7 +184,9 @@ def train(
         out_folder(out, "agent")
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
-    finish(model, total, out, say, f"mmenvs evaluate {out}", alarm)
+    again: list[object] = [] if device == "auto" else ["--device", device]
+    again += [] if watch is None else ["--watch", watch]
+    finish(model, total, out, say, command("evaluate", out), alarm, again=[*again, *["--compile"] * compile])
 
 
 @app.command("pretrain-policy")
@@ -214,7 +216,13 @@ def pretrain_policy(
         out_folder(out, "agent")
         say = spokesman(model)
     say(f"{size} learns from the oracle of {id}, {model.device}; logs: tensorboard --logdir {out}")
-    finish(model, total, out, say, f"mmenvs train {id} --agent transformer --algo grpo --init {out}")
+    finish(
+        model,
+        total,
+        out,
+        say,
+        command("train", id, "--agent", "transformer", "--algo", "grpo", "--init", out),
+    )
 
 
 @app.command()
@@ -256,7 +264,7 @@ def distill(
         say = spokesman(student)
     say(f"{size} learns from {teacher} on {id}, {student.device}; logs: tensorboard --logdir {out}")
     stopped = "what it has learned is kept, and this would go on with PPO"
-    finish(student, total, out, say, f"mmenvs evaluate {out}", stopped=stopped)
+    finish(student, total, out, say, command("evaluate", out), stopped=stopped)
 
 
 def make_agent(
@@ -381,9 +389,10 @@ def finish(
     say: Callable[[str], None],
     following: str,
     alarm: Any = None,
-    stopped: str | None = None,
+    stopped: str = "this goes on",
+    again: Sequence[object] = (),
 ) -> None:
-    """Train an agent, and say what is in its folder then."""
+    """Train an agent, and say what is in its folder then; ``again`` are options that aren't saved with it."""
     # Of processes that learn together the first one writes.
     alone = not is_transformer(model) or model.devices.main
     with user_errors(), locked(out, "training") if alone else nullcontext():
@@ -393,7 +402,7 @@ def finish(
             finished = agents("sb3").train(model, total, out)
     say(f"saved: {out} after {model.num_timesteps:,} steps")
     if not finished:
-        again = f"mmenvs train {model.settings.id} --out {shlex.quote(str(out))} --steps {total} --resume"
-        say(f"stopped early; {stopped or 'this goes on'}: {again}")
+        goes_on = ("train", model.settings.id, "--out", out, "--steps", total, "--resume")
+        say(f"stopped early; {stopped}: {command(*goes_on, *again)}")
         raise typer.Exit(130)
     say(f"next: {following}")

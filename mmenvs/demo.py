@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import multiprocessing
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -48,34 +49,39 @@ def run(out: Path, steps: int, device: str, seed: int, say: Callable[[str], Any]
     folder = out / "agent"
     threads = torch_threads(1)
     # The blind agents learn on the other core meanwhile. Networks this small gain nothing from two threads.
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as other_core:
         blind = {
             f"{key}_only": other_core.submit(train_blind, key, blind_steps, device, seed, episodes)
             for key in ("question", "image")
         }
-        say(f"{ALGORITHM} with {FUSION} learns {ID}, difficulty {DIFFICULTY}, {steps:,} steps")
-        say(
-            f"beside it two blind ones, without the picture and without the question, {blind_steps:,} steps each"
-        )
-        # From pixels and words: nothing that was trained before.
-        agent = sb3.make_agent(
-            ALGORITHM, ID, fusion=FUSION, encoders={}, device=device, seed=seed, env_kwargs=ENV_KWARGS
-        )
-        if not sb3.train(agent, steps, folder):
-            for process in multiprocessing.active_children():
-                process.terminate()
+        try:
+            say(f"{ALGORITHM} with {FUSION} learns {ID}, difficulty {DIFFICULTY}, {steps:,} steps")
             say(
-                f"stopped early; 'mmenvs train {ID} --out {folder} --steps {steps} --resume' goes on with the agent alone"
+                f"beside it two blind ones, without the picture and without the question, {blind_steps:,} steps each"
             )
-            raise KeyboardInterrupt
-        say(f"all answer the same {episodes:,} questions of the test split")
-        players = {"agent": agent, **{name: name for name in ("most_frequent", "random", "oracle")}}
-        results = {
-            name: evaluate(player, ID, split="test", episodes=episodes, env_kwargs=ENV_KWARGS, seed=seed)
-            for name, player in players.items()
-        }
-        results |= {name: future.result() for name, future in blind.items()}
+            # From pixels and words: nothing that was trained before.
+            agent = sb3.make_agent(
+                ALGORITHM, ID, fusion=FUSION, encoders={}, device=device, seed=seed, env_kwargs=ENV_KWARGS
+            )
+            if not sb3.train(agent, steps, folder):
+                again = shlex.join(
+                    ["mmenvs", "train", ID, "--out", str(folder), "--steps", str(steps), "--resume"]
+                )
+                say(f"stopped early; this goes on with the agent alone: {again}")
+                raise KeyboardInterrupt
+            say(f"all answer the same {episodes:,} questions of the test split")
+            players = {"agent": agent, **{name: name for name in ("most_frequent", "random", "oracle")}}
+            results = {
+                name: evaluate(player, ID, split="test", episodes=episodes, env_kwargs=ENV_KWARGS, seed=seed)
+                for name, player in players.items()
+            }
+            results |= {name: future.result() for name, future in blind.items()}
+        except BaseException:
+            # Leaving the block would wait for the blind agents.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
     torch_threads(threads)
     draw_curve(out / "learning_curve.png", folder / "progress_0.csv", results, steps)
     env = gym.make(ID, render_mode="rgb_array", split="test", difficulty=DIFFICULTY)

@@ -37,8 +37,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
-        # A full disk is told by a write, which knows no name.
-        error.filename = error.filename or str(path)
+        # A full disk is told by a write, which knows no name. Of an error that is text alone a name would be all that is told.
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -214,7 +214,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
 
     def _seeds_of(self, seed: Any) -> list[int | None]:
         """The seed of each row, None where its stream goes on."""
-        several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes)
+        listed = isinstance(seed, Sequence) and not isinstance(seed, str | bytes)
+        several = listed or (isinstance(seed, np.ndarray) and seed.ndim > 0)
         given = list(seed) if several else [seed]
         for each in given:
             whole = isinstance(each, int | np.integer) and not isinstance(each, bool)

@@ -210,7 +210,9 @@ class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]
                 if ended.size == self.num_envs:
                     self._encoded[name] = self._encode(name, raw, ended)
                 elif ended.size:
-                    before[ended] = self._encode(name, raw[ended], ended)
+                    # A copy: what an encoder gave may be a view.
+                    self._encoded[name] = now = before.copy()
+                    now[ended] = self._encode(name, raw[ended], ended)
                 continue
             last = [infos["final_obs"][row][name] for row in ended]
             both = self.encoder.encode(name, np.concatenate([raw, np.stack(last)]) if last else raw)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import struct
+import warnings
 import zlib
 
 import gymnasium as gym
@@ -232,7 +233,6 @@ def test_mended_and_lost_pictures(tmp_path, decoded):
         lambda content: content[:-100] + b"\0" * 82 + content[-18:],
         lambda content: content[100:],
         lambda content: os.urandom(len(content)),
-        lambda content: content[:5000] + b"\0" * 2000 + content[7000:],  # pixels of the second picture
     ],
 )
 def test_damaged_cache_is_built_again(tmp_path, damage, decoded):
@@ -242,6 +242,53 @@ def test_damaged_cache_is_built_again(tmp_path, damage, decoded):
     file.write_bytes(damage(file.read_bytes()))
     np.testing.assert_array_equal(everything(ImageStore(paths, cache=tmp_path / "cache"), 32), before)
     assert len(decoded) == 6
+
+
+def damage(file, *places):
+    content = bytearray(file.read_bytes())
+    for place in places:
+        content[place] ^= 255
+    file.write_bytes(content)
+
+
+def test_a_damaged_picture_is_not_taken_over_into_the_next_cache(tmp_path, decoded):
+    paths = three(tmp_path)
+    before = everything(ImageStore(paths, cache=tmp_path / "cache"), 32)
+    (file,) = (tmp_path / "cache").iterdir()
+    damage(file, 10)
+    Image.new("RGB", (9, 7), (0, 200, 0)).save(paths[2])
+    del decoded[:]
+    after = everything(ImageStore(paths, cache=tmp_path / "cache"), 32)
+    np.testing.assert_array_equal(after[:2], before[:2])
+    assert decoded == ["0.png", "2.png"]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_picture_that_is_lost_while_a_cache_is_mended_is_named(tmp_path, on_error):
+    paths = three(tmp_path)
+    store = ImageStore(paths, cache=tmp_path / "cache", on_error=on_error)
+    store.prepare(32)
+    (file,) = (tmp_path / "cache").iterdir()
+    damage(file, 10, 2 * 32 * 32 * 3 + 10)  # of the first and the last
+    paths[2].write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"2\.png"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        everything(store, 32)
+    assert store.usable.tolist() == [True, True, on_error == "raise"]
+
+
+def test_stores_that_find_the_same_damage_mend_it_once(tmp_path, decoded):
+    paths = three(tmp_path)
+    before = everything(ImageStore(paths, cache=tmp_path / "cache"), 32)
+    stores = [ImageStore(paths, cache=tmp_path / "cache") for _ in range(3)]
+    for store in stores:
+        store.prepare(32)
+    (file,) = (tmp_path / "cache").iterdir()
+    damage(file, 10)
+    del decoded[:]
+    for store in stores:
+        np.testing.assert_array_equal(everything(store, 32), before)
+    assert decoded == ["0.png"]
 
 
 def test_stopped_in_the_middle(tmp_path, monkeypatch):

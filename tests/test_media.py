@@ -166,3 +166,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("the encoder said no"), "the encoder said no"),
+        (OSError(28, "No space left"), "[Errno 28] No space left: '{}'"),
+    ],
+)
+def test_an_error_while_a_file_is_written_says_what_and_where(tmp_path, error, told):
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "a.png"):
+        raise error
+    assert str(caught.value) == told.format(tmp_path / "a.png") and not list(tmp_path.iterdir())

@@ -277,6 +277,15 @@ def test_a_reward_that_is_a_function_is_handed_over_again(tmp_path):
     assert_same(again, agent)
     elsewhere = TransformerAgent.load(tmp_path, gym.make_vec(CAPTIONING, num_envs=4, **SMALL), device="cpu")
     assert_same(elsewhere, agent)
+    elsewhere.save(tmp_path / "again")
+    with pytest.raises(ValueError, match="reward of its environment was an object"):
+        TransformerAgent.load(tmp_path / "again", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["env_kwargs", "encoders", "size"])
+def test_arguments_of_another_type_are_named(name):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got 3"):
+        TransformerAgent(VQA, device="cpu", **{name: 3})
 
 
 def test_what_predict_is_handed_is_checked():

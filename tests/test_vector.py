@@ -171,6 +171,7 @@ def test_bad_actions_leave_everything_as_it_was(id, actions):
         (lambda e: e.reset(seed=[np.nan, 1, 2, 3]), ValueError, "non-negative integer.*got nan"),
         (lambda e: e.reset(seed=1.5), ValueError, "non-negative integer.*got 1.5"),
         (lambda e: e.reset(seed="1234"), ValueError, "non-negative integer.*got '1234'"),
+        (lambda e: e.reset(seed=np.array(3)), ValueError, "non-negative integer.*got array"),
         (lambda e: e.reset(seed=True), ValueError, "non-negative integer.*got True"),
         (lambda e: e.reset(options={"reset_mask": [True] * N}), TypeError, "bool array"),
         (lambda e: e.reset(options={"reset_mask": np.zeros(N, bool)}), ValueError, "one True"),

@@ -73,6 +73,10 @@ def default_precision(device: str) -> str:
 
 def check_encoders(encoders: Mapping[str, str | Pretrained] | None) -> None:
     """Refuse encoders that can't be saved with an agent."""
+    if encoders is not None and not isinstance(encoders, Mapping):
+        raise TypeError(
+            f"encoders must be a dict from names of the observation to encoders, got {encoders!r}"
+        )
     for name, encoder in (encoders or {}).items():
         if not isinstance(encoder, str | Pretrained):
             raise TypeError(

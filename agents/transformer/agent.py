@@ -84,6 +84,7 @@ class TransformerAgent:
         coefficients: of the pull to it, and the multipliers of limits.
         memory: of episodes that PPO imitates, or None; with limits it doesn't.
         devices: the processes that learn together.
+        handed: names of the environment's arguments that a checkpoint can't hold, beside those in ``settings``.
         progress: in the curriculum.
         parts: of the score, that the environments of this suite report at the end of an episode.
         num_timesteps: steps of the environment learned from.
@@ -118,10 +119,9 @@ class TransformerAgent:
     ) -> None:
         self.devices = Devices(device)
         self.device = self.devices.device
-        begun = None if init is None else saving.policy_settings(init)
         settings = chosen(
             env, size, method=method, encoders=encoders, fusion=fusion, device=self.device, seed=seed,
-            env_kwargs=env_kwargs, precision=precision, recipe=recipe, restraints=restraints, init=init, begun=begun,
+            env_kwargs=env_kwargs, precision=precision, recipe=recipe, restraints=restraints, init=init,
             backbone=backbone, lora=lora, curriculum=curriculum, temperature=temperature,
         )  # fmt: skip
         check_compile(compile, self.device)
@@ -173,6 +173,7 @@ class TransformerAgent:
         # Steps behind the weights; num_timesteps also counts those of a rollout that is being played.
         self._learned = 0
         self.progress = Progress()
+        self.handed: tuple[str, ...] = ()
         self._envs = envs
         if curriculum is not None:
             curriculum.check(str(env), self.settings.env_kwargs, (*self.policy.fixed, *self.policy.changing))

@@ -72,9 +72,9 @@ class Block(nn.Module):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if memory is not None:
             k, v = memory(layer, k, v)
-        if record is not None:
-            record.append(looking(q[:, -1], k, bias[:, 0, -1]))
         with torch.autocast(x.device.type, enabled=False):
+            if record is not None:
+                record.append(looking(q[:, -1], k, bias[:, 0, -1]))
             mixed = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.to(dtype), enable_gqa=True
             )  # (B, heads, R, width / heads)

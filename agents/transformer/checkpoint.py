@@ -16,9 +16,9 @@ from mmenvs.checks import integer_in
 from mmenvs.files import replacing
 
 from ..saved import pack, unpack
-from .settings import KIND
 
 FORMAT = 2
+KIND = "transformer"
 SETTINGS = "settings.json"
 COUNTERS = ("steps", "iteration")
 PROGRESS = ("level", "episodes", "successes")  # in a curriculum; 0 without one

@@ -156,12 +156,12 @@ class TransformerPolicy(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Any]]:
-        """A dict that each :meth:`step` in the block adds to:
+        """A dict with what a :meth:`step` of one row looks at:
 
-        - ``"masks"``: ``{name: (B, T) bool}`` of the observations that were read; the fixed ones where episodes begin;
-        - ``"attention"``: for each layer ``(B, K)``, where the token that the step is read from looks, the mean over
-          the heads, in rows whose tokens are those of the prefix without padding, of steps before, and of this
-          step. A backbone records none.
+        - ``"masks"``: ``{name: (1, T) bool}`` of the observations that were read; the fixed ones where an episode begins;
+        - ``"attention"``: for each layer ``(1, K)``, where the token that the step is read from looks, the mean over
+          the heads. The fixed observations come first, without their padding, and this step comes last. A backbone
+          records none.
         """
         before, self._record = self._record, {"masks": {}, "attention": []}
         try:

@@ -35,7 +35,8 @@ def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
     """See :meth:`TransformerAgent.save`."""
     settings = asdict(replace(agent.settings, env_kwargs={}))
     # The command line keeps the name of a reader of real data.
-    settings["env_kwargs"], settings["handed"] = kept_arguments(agent.settings.env_kwargs)
+    settings["env_kwargs"], others = kept_arguments(agent.settings.env_kwargs)
+    settings["handed"] = sorted({*others, *agent.handed} - settings["env_kwargs"].keys())
     settings["joints"] = joint_hashes(agent.policy)
     tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
     if agent.reference is not None:
@@ -98,6 +99,7 @@ def load(
     except Exception as error:
         raise ValueError(f"{problem}its settings can't be used: {error}") from error
     agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
+    agent.handed = tuple(handed)
     tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
     try:
         check_hashes(agent.policy, settings.get("joints", {}), encoders)

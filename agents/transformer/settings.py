@@ -16,13 +16,12 @@ from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, check_curriculum
 from ..sb3 import check_encoders, default_precision
+from . import checkpoint, saving
 from .algorithms import RECIPES, SUPERVISED
 from .config import ATTENTION, FUSION, SIZES, Backbone, ModelConfig
 from .learning import Recipe
 from .restraints import Restraints
 from .rollout import Envs
-
-KIND = "transformer"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Settings:
     recipe: Recipe
     method: str
     restraints: Restraints
-    algo: str = KIND
+    algo: str = checkpoint.KIND
     backbone: Backbone | None = None
     curriculum: Curriculum | None = None
     temperature: float = 1.0
@@ -80,7 +79,6 @@ def chosen(
     recipe: Recipe | None,
     restraints: Restraints | None,
     init: str | os.PathLike[str] | None,
-    begun: Mapping[str, Any] | None,
     backbone: str | Backbone | None,
     lora: int,
     curriculum: Curriculum | None,
@@ -89,17 +87,17 @@ def chosen(
     """The settings that arguments of :class:`~mmenvs_agents.transformer.agent.TransformerAgent` ask for, before there
     is an environment: :func:`fitted` adds what depends on it.
 
-    Args:
-        begun: what :func:`~mmenvs_agents.transformer.saving.policy_settings` read in ``init``, or None.
-
     Raises:
-        ValueError, TypeError: for what doesn't exist or fit.
+        ValueError, TypeError, FileNotFoundError: for what doesn't exist or fit.
     """
     integer_in("seed", seed, 0, 2**32 - 1)
     one_of("method", method, tuple(RECIPES))
     recipe, restraints = recipe or RECIPES[method], restraints or Restraints()
     _check_method(method, recipe, restraints)
-    if begun is not None:
+    if env_kwargs is not None and not isinstance(env_kwargs, Mapping):
+        raise TypeError(f"env_kwargs must be a dict of arguments of the environment, got {env_kwargs!r}")
+    if init is not None:
+        begun = saving.policy_settings(init)
         of_policy = {"size": size, "encoders": encoders, "backbone": backbone, "fusion": fusion}
         for name, value in of_policy.items():
             if value is not None:
@@ -109,7 +107,7 @@ def chosen(
         temperature = begun["temperature"] if temperature is None else temperature
     temperature = 1.0 if temperature is None else temperature
     size = size or "nano"
-    if isinstance(size, str) and size not in SIZES:
+    if size not in SIZES if isinstance(size, str) else not isinstance(size, ModelConfig):
         raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
     check_encoders(encoders)
     fusion = one_of("fusion", FUSION if fusion is None else fusion, (*FUSIONS, ATTENTION))

@@ -130,6 +130,8 @@ def benchmark(
     if not (0 < gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
         raise ValueError(f"gpus must be above 0 and at most 1, or a whole number, got {gpus}")
     ray = importlib.import_module("mmenvs.integrations.ray") if engine == "ray" else None
+    if ray is not None:
+        ray.check_reachable(address)
     device = resolve_device(plan.device)
     runs = plan.runs()
     with locked(out_folder(out, "benchmark"), "benchmark"), Store(out, write=True) as store:

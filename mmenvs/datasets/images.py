@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a
 _MAGIC = b"mmenvs pictures 2\n"
 _CHUNK = 64  # pictures decoded side by side
 _log = logging.getLogger(__name__)
+_MENDING = threading.Lock()
 
 Pictures = npt.NDArray[np.uint8]
 
@@ -81,6 +83,11 @@ class _Held(NamedTuple):
     sums: npt.NDArray[np.uint64]  # (n,) xxh3-64 of each picture
     broken: dict[int, str]  # picture -> why it can't be read; its pixels are 0
     pictures: Pictures  # (n, size, size, 3), mapped
+    checked: npt.NDArray[np.bool_]  # (n,) which pictures were held to their sums
+
+    def is_whole(self, i: int) -> bool:
+        """Whether picture ``i`` is what was written."""
+        return bool(xxh3_64_intdigest(self.pictures[i].data) == self.sums[i])
 
 
 class ImageStore:
@@ -117,7 +124,6 @@ class ImageStore:
         self.usable = np.ones(len(self.paths), np.bool_)
         self._reasons: dict[int, str] = {}
         self._held: dict[int, _Held] = {}
-        self._sound: dict[int, npt.NDArray[np.bool_]] = {}  # (n,) which pictures have their checksum
         # Length in bytes and time of modification in ns; -1 for a file that is missing.
         self._stamps = np.array([_stamp(path) for path in self.paths], np.int64).reshape(-1, 2)
         self._leave_out(
@@ -147,7 +153,7 @@ class ImageStore:
         if held is None or (held.stamps != self._stamps).any():
             held = self._build(file, size, held)
         self._leave_out(ValueError, held.broken)
-        self._held[size], self._sound[size] = held, np.zeros(len(self), np.bool_)
+        self._held[size] = held
 
     def read(
         self, indices: npt.NDArray[np.int64], size: int, out: Pictures, rows: npt.NDArray[np.int64]
@@ -158,23 +164,25 @@ class ImageStore:
             ValueError: if one of them was left out.
         """
         self.prepare(size)
+        for i in indices[~self._held[size].checked[indices]]:
+            if not self._held[size].is_whole(i):
+                self._mend(i, size)
+            self._held[size].checked[i] = True
         if not self.usable[indices].all():
             first = int(indices[np.argmin(self.usable[indices])])
             raise ValueError(f"{self.paths[first]} was left out: {self._reasons[first]}")
-        self._check_sums(indices, size)
         _copy_rows(self._held[size].pictures, indices, out, rows)
 
-    def _check_sums(self, indices: npt.NDArray[np.int64], size: int) -> None:
-        """Build the cache file of a size again if one of these pictures isn't what was written there."""
-        held, sound = self._held[size], self._sound[size]
-        for i in indices[~sound[indices]]:
-            if xxh3_64_intdigest(held.pictures[i].data) != held.sums[i]:
-                file = self._file(size)
+    def _mend(self, i: int, size: int) -> None:
+        """Take up the cache file of a size anew, as picture ``i`` is damaged; build it if nobody else has."""
+        with _MENDING:
+            file = self._file(size)
+            held = _load(file, len(self), size)
+            if held is None or (held.stamps != self._stamps).any() or not held.is_whole(i):
                 _log.warning("%s is damaged (%s) and will be built again", file, self.paths[i])
-                self._held[size] = self._build(file, size, None)
-                sound[:] = False
-                return
-            sound[i] = True
+                held = self._build(file, size, held)
+            self._leave_out(ValueError, held.broken)
+            self._held[size] = held
 
     def _file(self, size: int) -> Path:
         names = "\n".join((*self.paths, str(size)))
@@ -182,7 +190,7 @@ class ImageStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # The pictures stay on disk; the copy maps them again when it needs them.
-        return {**self.__dict__, "_held": {}, "_sound": {}}
+        return {**self.__dict__, "_held": {}}
 
     def _leave_out(self, error: type[Exception], reasons: dict[int, str]) -> None:
         """Raise ``error`` for these pictures, or leave them out, as ``on_error`` says."""
@@ -203,7 +211,7 @@ class ImageStore:
         stale = np.ones(len(self), np.bool_) if held is None else (held.stamps != self._stamps).any(1)
 
         def fetch(i: int) -> Pictures | str:
-            if held is not None and not stale[i]:
+            if held is not None and not stale[i] and held.is_whole(i):
                 return held.broken.get(i) or held.pictures[i]
             try:
                 return decode(self.paths[i], size)
@@ -259,7 +267,8 @@ def _load(file: Path, count: int, size: int) -> _Held | None:
             pictures = np.asarray(np.memmap(opened, np.uint8, "r", shape=(count, size, size, 3)))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         _log.warning("%s is damaged and will be built again: %s", file, error)
         return None
-    return _Held(stamps, sums, {int(i): str(reason) for i, reason in index["broken"]}, pictures)
+    broken = {int(i): str(reason) for i, reason in index["broken"]}
+    return _Held(stamps, sums, broken, pictures, np.zeros(count, np.bool_))

@@ -65,7 +65,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     """Ray as long as the block takes, unless it runs in this process already; see :func:`on_ray`."""
     started = not ray.is_initialized()
     if started:
-        _check_reachable(address)
+        check_reachable(address)
         local: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         ray.init(address=address or "local", log_to_driver=False, **local)
     try:
@@ -75,13 +75,17 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_reachable(address: str | None) -> None:
-    """Ray itself would try for ever."""
+def check_reachable(address: str | None) -> None:
+    """That something listens there; Ray itself would try for ever.
+
+    Raises:
+        ConnectionError: if nothing does.
+    """
     if address in (None, "auto", "local"):
         return
     host, _, port = str(address).removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError, OverflowError) as error:
         raise ConnectionError(
             f"address must be 'auto' or HOST:PORT of a running cluster, got {address!r}: {error}"
