@@ -392,7 +392,7 @@ def test_bad_agents(tmp_path):
         make_agent(method="sarsa")
     with pytest.raises(TypeError, match="recipe must be a GRPORecipe with method='grpo', got DPORecipe"):
         make_agent(recipe=RECIPES["dpo"], method="grpo")
-    with pytest.raises(ValueError, match=r"parts of the score \(.*hallucination.*\), got 'beauty'"):
+    with pytest.raises(ValueError, match=r"part of the score \(.*hallucination.*\), got 'beauty'"):
         made("grpo", restraints=Restraints(penalties={"beauty": 1.0}))
     with pytest.raises(ValueError, match="kl must be 0 with method='dpo'"):
         made("dpo", restraints=Restraints(kl=0.1))
