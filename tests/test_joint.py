@@ -189,7 +189,10 @@ def test_interrupted_it_ends_the_update_and_is_saved(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Pretraining, "step", interrupted)
     command = ["pretrain", "--out", str(tmp_path), "--batch", "8", "--steps", "4", "--device", "cpu"]
     stopped = CliRunner().invoke(app, [*command, "--difficulties", "0"])
-    assert stopped.exit_code == 130 and f"this goes on: mmenvs pretrain --out {tmp_path} --resume" in stopped.output
+    assert (
+        stopped.exit_code == 130
+        and f"this goes on: mmenvs pretrain --out {tmp_path} --resume" in stopped.output
+    )
     assert read_settings(tmp_path)[1] == 2
     assert signal.getsignal(signal.SIGINT) is before
     assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
