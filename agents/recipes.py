@@ -8,7 +8,7 @@ from typing import Any
 
 from gymnasium import spaces
 
-from mmenvs.embeddings.extractor import encoders_fitting
+from mmenvs.embeddings.encoders import encoders_fitting
 from mmenvs.registry import task_class
 
 # Encodes what doesn't change within an episode, unless an agent is asked to look in another way: on both tasks of

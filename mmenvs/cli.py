@@ -28,6 +28,7 @@ from mmenvs.cli_app import (
     agents,
     app,
     check_difficulty,
+    command,
     is_transformer,
     load_agent,
     load_vlm,
@@ -197,7 +198,8 @@ def demo(
     results = demonstration.run(out, total, device, seed, typer.echo)
     print_results(results)
     typer.echo(f"left in {out}: learning_curve.png, episodes.png, results.json, agent/ (the trained agent)")
-    typer.echo(f"more pictures: mmenvs show {demonstration.ID} --agent {out / 'agent'} --out answers.gif")
+    pictures = command("show", demonstration.ID, "--agent", out / "agent", "--out", "answers.gif")
+    typer.echo(f"more pictures: {pictures}")
 
 
 # They register their commands on ``app``, which the help lists after those above.

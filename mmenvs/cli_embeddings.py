@@ -153,14 +153,13 @@ def embed(
             kwargs["source"] = open_source(source, id)
         task = load_and_check(cls, 256, "ids", {**SPECS[id].kwargs, **kwargs})
         chosen: Any = embedding
-        known = embedding in NAMES or embedding.startswith(PREFIX)
-        if not known and Path(embedding).is_dir():
+        if embedding not in NAMES and not embedding.startswith(PREFIX):
+            if not Path(embedding).is_dir():
+                raise ValueError(
+                    f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "
+                    f"there is no folder {embedding!r}"
+                )
             chosen = extractor_in(load_agent(Path(embedding), device, source)[0].policy)
-        elif not known:
-            raise ValueError(
-                f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "
-                f"there is no folder {embedding!r}"
-            )
         cache = EmbeddingCache(out, budget_mb)
         encoder = Encoder(chosen, task.observation_space, output, device, cache)  # type: ignore[arg-type]
         parts = precompute.parts_of(task, encoder)

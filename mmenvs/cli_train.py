@@ -362,7 +362,7 @@ def spokesman(model: Any) -> Callable[[str], None]:
 def encoders_of(encoder: str, id: str, source: str | None, own: bool) -> dict[str, str]:
     """``encoder`` for the observations whose modality has one of this name; the others take their default. A
     transformer (``own``) reads its own actions in the place of observations that repeat them."""
-    from mmenvs.embeddings.extractor import encoders_named
+    from mmenvs.embeddings.encoders import encoders_named
 
     env: Any = gym.make(id, **({} if source is None else {"source": open_source(source, id)}))
     space = env.observation_space

@@ -14,6 +14,7 @@ from mmenvs.cli_app import (
     Source,
     agents,
     app,
+    command,
     parse_difficulty,
     parse_steps,
     print_results,
@@ -101,4 +102,4 @@ def finetune_vlm(
         typer.echo(f"answers that couldn't be read: {', '.join(unparsable)}")
     if not finished:
         raise typer.Exit(130)
-    typer.echo(f"next: mmenvs evaluate {out}")
+    typer.echo(f"next: {command('evaluate', out)}")

@@ -62,8 +62,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
     """``num_envs`` episodes of a task side by side. Make it with ``gym.make_vec(id, num_envs=n)``.
 
     Observations may be kept and written into. But where an episode is a single step, ``final_obs`` is the observation
-    that was handed out before it, not a copy: as large as the pictures of a step are, copying would take half as long
-    as drawing them.
+    that was handed out before it, not a copy, which would cost a good part of what drawing the pictures does.
 
     Args:
         task: task class or ``"module:Class"``; the id brings it along.

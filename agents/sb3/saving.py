@@ -82,7 +82,8 @@ def load(
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
-        ValueError: if the files are damaged or of another format, or if it was trained on another joint embedding.
+        ValueError: if the files are damaged or of another format, if it was trained on another joint embedding, or if
+            ``env_kwargs`` lacks an argument that isn't saved.
     """
     path = Path(folder)
     if not (path / "settings.json").is_file():

@@ -26,7 +26,7 @@ from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.summary import BASELINES, count, encoder_of, run_key, task_name
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings import ENCODERS, FUSIONS
-from mmenvs.embeddings.extractor import HUGGING_FACE, encoders_fitting
+from mmenvs.embeddings.encoders import HUGGING_FACE, encoders_fitting
 from mmenvs.embeddings.joint import PREFIX
 from mmenvs.files import locked, out_folder
 from mmenvs.registry import task_class

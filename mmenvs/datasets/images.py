@@ -111,6 +111,7 @@ class ImageStore:
 
     Raises:
         FileNotFoundError: if a picture is missing.
+        ValueError: if ``cache`` can't be made a folder.
     """
 
     def __init__(
