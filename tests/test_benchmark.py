@@ -509,7 +509,7 @@ def test_report(filled, tmp_path):
     for head in (
         "Benchmark core-v0 (100 steps, 20 episodes)", "Leaderboard", "Episodes", "By tag", "VQA-v0, difficulty 0",
         "Without a modality: VQA-v0, difficulty 0", "By type of question: VQA-v0, difficulty 0",
-        "Probability of improvement", "Differences to ppo", "Power", "Where the rows come from",
+        "Probability of improvement", "Differences to ppo", "Differences to ppo, compositional", "Power", "Where the rows come from",
     ):  # fmt: skip
         assert head in page.heads, head
     assert (

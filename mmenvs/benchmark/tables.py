@@ -33,7 +33,8 @@ def tables(board: Board) -> list[Table]:
     found += [_criteria(board, task) for task in board.tasks]
     found += [_dropped(board, task) for task in board.tasks]
     found += [_types(board, task) for task in board.tasks]
-    found += [_improvement(board), _paired(board), _power(board), _failures(board), provenance_table(
+    found += [_improvement(board), *(_paired(board, split) for split in ("test", *board.further_splits))]
+    found += [_power(board), _failures(board), provenance_table(
         [{"provenance": json.loads(origin)} for origin, n in board.origins.items() for _ in range(n)]
     )]  # fmt: skip
     return [found[0], *(table for table in found[1:] if table.rows)]
@@ -198,7 +199,7 @@ def _improvement(board: Board) -> Table:
     return Table("Probability of improvement", note, ("agent", *names), rows if len(names) > 1 else [])
 
 
-def _paired(board: Board) -> Table:
+def _paired(board: Board, split: str) -> Table:
     trained = set(board.trained())
     ranked = [agent for agent in board.ranked if agent in trained]
     if not ranked:
@@ -209,7 +210,10 @@ def _paired(board: Board) -> Table:
     for agent in [*others, *(name for name in BASELINES.values() if name in board.agents)]:
         row: list[Value] = [agent]
         for task in board.tasks:
-            pair = [[r.returns["test"] for r in board.cells.get((name, task), [])] for name in (agent, best)]
+            pair = [
+                [r.returns[split] for r in board.cells.get((name, task), []) if split in r.returns]
+                for name in (agent, best)
+            ]
             lengths = {len(run) for runs in pair for run in runs}
             if not all(pair) or len(lengths) != 1 or min(lengths) < 2:
                 row.append(None)
@@ -219,12 +223,13 @@ def _paired(board: Board) -> Table:
             row.append(found.interval())
         rows.append(row)
     note = (
-        f"Return on the test split less that of {best}, on identical episodes; 95 % intervals with standard errors "
-        "clustered by episode and by run."
+        f"Return on the {split} split less that of {best}, on identical episodes; 95 % intervals with standard "
+        "errors clustered by episode and by run."
     )
     if alone:
         note += " Against an agent with a single run they speak of other episodes, not of other seeds."
-    return Table(f"Differences to {best}", note, ("agent", *board.tasks), rows)
+    head = f"Differences to {best}" if split == "test" else f"Differences to {best}, {split}"
+    return Table(head, note, ("agent", *board.tasks), rows)
 
 
 def _power(board: Board) -> Table:
