@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from mmenvs.cli_app import Device, Id, app, parse_difficulty, parse_list, parse_steps, user_errors
+from mmenvs.cli_app import Device, Id, app, command, parse_difficulty, parse_list, parse_steps, user_errors
 
 _LAST = 8  # finished runs that the live table shows
 
@@ -109,9 +109,10 @@ def benchmark(
                 failed = runner.benchmark(plan, folder, watcher=runner.Lines(typer.echo), **options)
         except KeyboardInterrupt:
             begun = (folder / NAME).exists()
-            typer.echo(f"stopped early; 'mmenvs benchmark --resume {folder}' goes on" if begun else "stopped")
+            following = command("benchmark", "--resume", folder)
+            typer.echo(f"stopped early; go on with: {following}" if begun else "stopped")
             raise typer.Exit(130) from None
-    typer.echo(f"next: mmenvs report {folder} --out report/")
+    typer.echo(f"next: {command('report', folder, '--out', 'report/')}")
     if failed:
         again = "it" if failed == 1 else "them"
         typer.echo(
@@ -129,8 +130,8 @@ def report(
     from mmenvs.benchmark import results
 
     with user_errors():
-        results.write(folder, out)
-    typer.echo(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        written = results.write(folder, out)
+    typer.echo(f"written to {out}: {', '.join(written)}")
 
 
 @app.command()

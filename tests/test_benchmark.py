@@ -500,7 +500,9 @@ class Page(HTMLParser):
 
 
 def test_report(filled, tmp_path):
-    assert "written" in command("report", filled, "--out", tmp_path)
+    (tmp_path / "other.txt").touch()
+    said = command("report", filled, "--out", tmp_path)
+    assert "written to" in said and "runs.csv" in said and "other.txt" not in said
     text = (tmp_path / "report.html").read_text()
     page = Page()
     page.feed(text)

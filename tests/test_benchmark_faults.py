@@ -254,6 +254,20 @@ def test_a_folder_with_results_needs_resume(tiny, tmp_path):
         runner.benchmark(tiny, tmp_path)
 
 
+def test_a_lost_plan_loses_no_rows(tiny, tmp_path):
+    runner.benchmark(tiny, tmp_path)
+    (tmp_path / "benchmark.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no benchmark\.json; with --out in place of --resume its rows are kept"
+    ):
+        Plan.load(tmp_path)
+    said = []
+    runner.benchmark(tiny, tmp_path, watcher=runner.Lines(said.append))
+    done = said[0].split()
+    assert done[0] == done[2] and "done before" in said[0]
+    assert Plan.load(tmp_path) == tiny
+
+
 def test_two_runners_in_one_folder(tiny, tmp_path):
     with runner.locked(tmp_path), pytest.raises(ValueError, match="another benchmark is writing to"):
         runner.benchmark(tiny, tmp_path)

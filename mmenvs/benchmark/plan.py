@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmenvs.benchmark import players
+from mmenvs.benchmark import players, store
 from mmenvs.benchmark.suites import Suite, suite_named
 from mmenvs.benchmark.summary import BASELINES
 from mmenvs.checks import integer_in
@@ -119,7 +119,12 @@ class Plan:
         """
         path = folder / NAME
         if not path.is_file():
-            raise FileNotFoundError(f"no benchmark in {str(folder)!r}: there is no {NAME}")
+            lost = (
+                "; with --out in place of --resume its rows are kept"
+                if (folder / store.NAME).is_file()
+                else ""
+            )
+            raise FileNotFoundError(f"no benchmark in {str(folder)!r}: there is no {NAME}{lost}")
         try:
             found: Mapping[str, Any] = json.loads(path.read_text())
             fields = {key: value for key, value in found.items() if key != "format"}

@@ -36,12 +36,15 @@ class Entry:
     cost: dict[str, float | None]
 
 
-def write(folder: str | os.PathLike[str], out: Path) -> None:
+def write(folder: str | os.PathLike[str], out: Path) -> list[str]:
     """Write the report of a benchmark.
 
     Args:
         folder: that ``mmenvs benchmark`` wrote.
         out: folder for ``report.html``, ``report.md``, ``leaderboard.csv``, ``runs.csv`` and ``figures/``.
+
+    Returns:
+        What was written into ``out``.
 
     Raises:
         FileNotFoundError: if there are no results.
@@ -72,6 +75,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> None:
         file.write_text(page(f"{TITLE} {board.suite}", lead, sections, svgs, after), encoding="utf-8")
     _write_csv(out / "leaderboard.csv", *_flat(leaderboard(board)))
     _write_csv(out / "runs.csv", *_runs(board))
+    return ["figures", "leaderboard.csv", "report.html", "report.md", "runs.csv"]
 
 
 def remarks(board: Board, seeds: int | None = None) -> list[str]:

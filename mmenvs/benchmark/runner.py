@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmenvs.benchmark import players, pool
-from mmenvs.benchmark.plan import Plan
+from mmenvs.benchmark.plan import NAME, Plan
 from mmenvs.benchmark.store import MAIN, Store
 from mmenvs.benchmark.summary import count, run_key
 from mmenvs.checks import integer_in, one_of
@@ -135,7 +135,8 @@ def benchmark(
     device = resolve_device(plan.device)
     runs = plan.runs()
     with locked(out_folder(out, "benchmark"), "benchmark"), Store(out, write=True) as store:
-        if not resume and store.count():
+        # Rows whose plan was lost are gone on with by the command that began them.
+        if not resume and store.count() and (store.path.parent / NAME).exists():
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
             )
