@@ -108,8 +108,8 @@ def benchmark(
         How many runs failed.
 
     Raises:
-        ValueError, TypeError, ImportError: for what doesn't exist, before any run; if ``out`` holds results and
-            ``resume`` is False, holds rows of another version of the code and ``mix`` is False, or if a
+        ValueError, TypeError, ImportError: for what doesn't exist, before any run; if ``out`` holds a plan with
+            results and ``resume`` is False, holds rows of another version of the code and ``mix`` is False, or if a
             benchmark is running there.
         OSError: if the store can't be written, as on a full disk.
     """
