@@ -15,11 +15,13 @@ from html.parser import HTMLParser
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from mmenvs_agents import sb3
 from rich.console import Console
 from typer.testing import CliRunner
 
 from mmenvs.benchmark import board as boards
-from mmenvs.benchmark import episodes, job, players, plots, results, runner, stats, store
+from mmenvs.benchmark import episodes, job, measure, players, plots, results, runner, stats, store
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.pool import Done, Progress, failed
 from mmenvs.benchmark.results import Entry
@@ -379,10 +381,14 @@ def test_what_is_no_row(change, message, tmp_path):
 # What a run does -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["ppo", "transformer:grpo"])
+# Rollouts of 2,048 and 256 steps are played to their end, and learned from, before a policy is scored.
+STEPS = {"ppo": [2048, 4096, 6144], "transformer:grpo": [256, 512, 1024]}
+
+
+@pytest.fixture(scope="module", params=list(STEPS))
 def trained(request):
     """The rows of a run that is too short to learn, those of the same run again, and what was told."""
-    plan = Plan(agents=(request.param,), seeds=1, steps=1024, episodes=16)
+    plan = Plan(agents=(request.param,), seeds=1, steps=STEPS[request.param][-1], episodes=16)
     (run,) = [run for run in plan.runs() if run["id"] == VQA and run["difficulty"] == 0 and run["steps"]]
     told: list[tuple[float, float | None]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -415,8 +421,7 @@ def test_a_run_repeats_to_the_bit(trained):
 
 def test_what_a_run_leaves(trained):
     seeing, _, told = trained
-    last_step = {"ppo": 2048, "transformer:grpo": 1024}  # rollouts are played to their end
-    assert [row["step"] for row in seeing] == [256, 512, last_step[seeing[0]["run"]["agent"]]]
+    assert [row["step"] for row in seeing] == STEPS[seeing[0]["run"]["agent"]]
     assert [row["final"] for row in seeing] == [False, False, True]
     last = seeing[-1]
     assert set(last["scores"]) == {
@@ -437,6 +442,34 @@ def test_what_a_run_leaves(trained):
     assert so_far and all(0 <= score <= 1 for score in so_far)
     with_origin = [{**row, "format": 1, "provenance": {}} for row in seeing]
     assert [store.check(row) for row in with_origin] == with_origin
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "dqn", "recurrent_ppo"])
+def test_policies_are_kept_after_the_update_that_passes_a_share(algo, monkeypatch):
+    if algo == "recurrent_ppo":
+        pytest.importorskip("sb3_contrib")
+    small = {"learning_starts": 16} if algo == "dqn" else {"n_steps": 8}
+    small |= {} if algo == "a2c" else {"batch_size": 32}
+    agent = sb3.make_agent(algo, VQA, device="cpu", num_envs=4, **small)
+    after: dict[int, dict] = {0: measure.policy_of(agent)[1]}
+    learn = agent.train
+
+    def train(*arguments, **options):
+        learn(*arguments, **options)
+        steps, after[steps] = measure.policy_of(agent)
+
+    monkeypatch.setattr(agent, "train", train)
+    checkpoints = measure.Checkpoints(256, (0.1, 0.2, 0.55, 0.56))
+    sb3.train(agent, 256, progress=False, callback=checkpoints)
+    rollout = 16 if algo == "dqn" else 32
+    assert [step for step, _ in checkpoints.policies] == [
+        -(-step // rollout) * rollout for step in (25.6, 51.2, 143.36)
+    ]  # 0.55 and 0.56 are passed by one update
+    before = sorted(after)
+    for step, weights in checkpoints.policies:
+        assert all(torch.equal(x, after[step][name]) for name, x in weights.items())
+        earlier = after[before[before.index(step) - 1]]
+        assert any(not torch.equal(x, earlier[name]) for name, x in weights.items())
 
 
 # The report ----------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_comparison_leaves_rows_with_all_criteria(compared):
             )
         assert sum(point[3] for point in row["curve"]) == 256  # one-step episodes, none lost
         assert row["curve"][-1][0] == 256
-        assert [step for step, _ in row["checkpoints"]] == [208, 232, 256]
+        assert [step for step, _ in row["checkpoints"]] == [256]  # one rollout, one update
         assert row["checkpoints"][-1][1] == row["perturbed"]["clean"]
         assert set(row["perturbed"]) == {
             "clean",

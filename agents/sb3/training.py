@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, make_output_format
 
 from mmenvs.checks import integer_in
@@ -25,6 +25,7 @@ def train(
     *,
     progress: bool = True,
     checkpoint_steps: int = 100_000,
+    callback: BaseCallback | None = None,
 ) -> bool:
     """Train until the agent has seen ``total_steps`` steps of the environment, earlier ones counted in.
 
@@ -34,6 +35,7 @@ def train(
         out: folder for the agent, ``progress_<first step>.csv`` and TensorBoard logs; None keeps nothing.
         progress: show a bar with success rate and steps a second.
         checkpoint_steps: save about every this many steps.
+        callback: of one's own, called besides; ``CallbackList`` makes one of several.
 
     Returns:
         False if Ctrl-C ended the training early (the agent is saved then too), else True.
@@ -55,19 +57,19 @@ def train(
             make_output_format(kind, str(out), f"_{agent.num_timesteps}") for kind in ("csv", "tensorboard")
         ]
     agent.set_logger(Logger(None if out is None else str(out), outputs))
-    callback = _Callback(total_steps, out, progress, checkpoint_steps)
+    ours = _Callback(total_steps, out, progress, checkpoint_steps)
     finished = True
     try:
         agent.learn(
             total_steps - agent.num_timesteps,
-            callback,
+            ours if callback is None else CallbackList([ours, callback]),
             log_interval=10 if settings_of(agent).algo in ("dqn", "qrdqn") else 1,
             reset_num_timesteps=agent.num_timesteps == 0,
         )
     except KeyboardInterrupt:
         finished = False
     finally:
-        callback.close()
+        ours.close()
         agent.logger.close()
         agent.set_logger(Logger(None, []))
     if out is not None:

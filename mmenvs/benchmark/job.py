@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mmenvs.benchmark import players
-from mmenvs.benchmark.measure import Recorder, score_of, space_of, without
+from mmenvs.benchmark.measure import Checkpoints, Policy, Recorder, policy_of, score_of, space_of, without
 from mmenvs.benchmark.pool import Tell
 from mmenvs.benchmark.rows import Row, plain
 from mmenvs.benchmark.store import MAIN
@@ -23,7 +23,6 @@ from mmenvs.perturbations import VectorPerturbObservation
 EXAMPLES = 8
 TRAINING_SHARE = 0.9  # of the progress that is shown
 _TELL_EVERY = 0.5  # seconds
-Policy = tuple[int, dict[str, Any]]  # step and weights
 
 
 class Checked:
@@ -126,7 +125,7 @@ def execute(run: Mapping[str, Any], device: str, tell: Tell) -> list[Row]:
     checked: Any = agent
     if run["agent"] not in BASELINES:
         checked = Checked(agent.predict, run["agent"], tell_score, getattr(agent, "wrap", None))
-    for step, state in _before(policies):
+    for step, state in policies[:-1]:
         agent.policy.load_state_dict(state)
         found = _score(checked, run, "test", few_episodes(run["episodes"]))
         score = found["return"]
@@ -150,7 +149,8 @@ def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.logger import KVWriter, Logger
 
-    total, told, policies = run["steps"], time.perf_counter(), []
+    total, told = run["steps"], time.perf_counter()
+    checkpoints = Checkpoints(total, run["checkpoints"])
 
     def stepped(steps: int, score: float | None) -> None:
         nonlocal told
@@ -163,16 +163,15 @@ def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
             agent,
             total,
             str,
-            run["checkpoints"],
             lambda steps: stepped(steps, recorder.curve[-1][1] if recorder.curve else None),
         )
-        if not importlib.import_module("mmenvs_agents.sb3").train(agent, total, progress=False):
+        if not importlib.import_module("mmenvs_agents.sb3").train(
+            agent, total, progress=False, callback=checkpoints
+        ):
             raise KeyboardInterrupt
-        policies = recorder.policies
         env: Any = agent.get_env()
         env.close()
     elif run["agent"].partition(":")[0] == players.TRANSFORMER:
-        marks = [total * share for share in run["checkpoints"]]
         logged: dict[str, Any] = {}
 
         class Latest(KVWriter):
@@ -184,9 +183,7 @@ def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
 
         def updated(agent: Any) -> bool:
             stepped(agent.num_timesteps, logged.get("rollout/ep_rew_mean"))
-            while marks and agent.num_timesteps >= marks[0]:
-                marks.pop(0)
-                policies.append((agent.num_timesteps, _weights(agent)))
+            checkpoints.keep(agent)
             return True
 
         agent.logger = Logger(None, [Latest()])
@@ -195,16 +192,9 @@ def _train(agent: Any, run: Mapping[str, Any], tell: Tell) -> list[Policy]:
         if callable(getattr(agent, "learn", None)):
             agent.learn(total)
         return []
-    return [*policies, (agent.num_timesteps, _weights(agent))]
-
-
-def _weights(agent: Any) -> dict[str, Any]:
-    return {name: x.detach().cpu().clone() for name, x in agent.policy.state_dict().items()}
-
-
-def _before(policies: Sequence[Policy]) -> list[Policy]:
-    """The checkpoints before the last; two shares may fall on one step."""
-    return list({step: (step, state) for step, state in policies if step < policies[-1][0]}.values())
+    # The last update may have passed a share too.
+    before = [policy for policy in checkpoints.policies if policy[0] < agent.num_timesteps]
+    return [*before, policy_of(agent)]
 
 
 def _last(agent: Any, checked: Any, run: Mapping[str, Any]) -> Row:

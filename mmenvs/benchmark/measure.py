@@ -21,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 import mmenvs
@@ -42,6 +43,7 @@ CHECKPOINTS = (0.8, 0.9)  # shares of the training at which the policy is kept; 
 # What becomes of a modality that is missing, shuffled or swapped is told by the structure measures.
 _PERTURBATIONS = ("noise", "brightness", "pitch", "word_dropout")
 _SAY_EVERY = 10.0  # seconds between two lines about the same run
+Policy = tuple[int, dict[str, torch.Tensor]]  # step and weights
 _KINDS = {"image": "pictures", "images": "pictures", "text": "words", "audio": "sound"}
 _PACKAGES = (
     "mmenvs", "numpy", "gymnasium", "torch", "torchaudio", "stable_baselines3", "sb3_contrib", "transformers", "numba",
@@ -49,19 +51,17 @@ _PACKAGES = (
 
 
 class Recorder(VecEnvWrapper):
-    """Between an agent and its environment: the training episodes at fixed steps, and policies on the way.
+    """Between an agent and its environment: the training episodes at fixed steps.
 
     Args:
         agent: from ``make_agent``; the recorder takes the place of its environment.
         total: steps of training.
         tell: is told about every ten seconds how far the training is.
-        checkpoints: shares of the training at which the policy is kept.
         stepped: is given the number of steps after each one.
 
     Attributes:
         curve: ``[step, mean return, success, episodes]`` of the episodes that ended up to each of
             ``CURVE_POINTS`` equal shares of ``total``, since the one before.
-        policies: ``(step, state dict)`` at the first step past each of the checkpoints.
     """
 
     def __init__(
@@ -69,18 +69,13 @@ class Recorder(VecEnvWrapper):
         agent: Any,
         total: int,
         tell: Callable[[str], Any],
-        checkpoints: Sequence[float] = CHECKPOINTS,
         stepped: Callable[[int], Any] | None = None,
     ) -> None:
         super().__init__(agent.env)
-        # The policy alone: agent and recorder must not keep each other, with a replay buffer, alive.
-        self.policy, self.steps = agent.policy, 0
-        self.total, self.tell, self.stepped = total, tell, stepped
+        self.total, self.tell, self.stepped, self.steps = total, tell, stepped, 0
         self.begin = self.told = time.perf_counter()
         self.marks = [round(total * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
-        self.keep_at = [total * share for share in checkpoints]
         self.curve: list[list[float]] = []
-        self.policies: list[tuple[int, dict[str, torch.Tensor]]] = []
         self._returns: list[float] = []
         self._successes: list[bool] = []
         agent.set_env(self)
@@ -108,11 +103,45 @@ class Recorder(VecEnvWrapper):
                 means = float(np.mean(self._returns)), float(np.mean(self._successes))
                 self.curve.append([mark, *means, len(self._returns)])
             self._returns, self._successes = [], []
-        while self.keep_at and self.steps >= self.keep_at[0]:
-            self.keep_at.pop(0)
-            state = self.policy.state_dict()
-            self.policies.append((self.steps, {name: x.detach().cpu().clone() for name, x in state.items()}))
         return observation, rewards, ended, infos
+
+
+class Checkpoints(BaseCallback):
+    """Keeps the policy on the way, each time after the update that passes a share of the training.
+
+    A Stable-Baselines3 agent plays whole rollouts and then learns from them: within a rollout it has seen steps
+    that it hasn't learned from, so the next one's beginning is when its number of steps says what it is.
+
+    Args:
+        total: steps of training.
+        shares: of it.
+
+    Attributes:
+        policies: ``(step, state dict)``; one for all shares that an update passes.
+    """
+
+    def __init__(self, total: int, shares: Sequence[float]) -> None:
+        super().__init__()
+        self.marks = sorted(total * share for share in shares)
+        self.policies: list[Policy] = []
+
+    def keep(self, agent: Any) -> None:
+        """Keep the policy of ``agent``, which has just learned, if it has passed another share."""
+        if self.marks and agent.num_timesteps >= self.marks[0]:
+            self.marks = [mark for mark in self.marks if mark > agent.num_timesteps]
+            self.policies.append(policy_of(agent))
+
+    def _on_rollout_start(self) -> None:
+        self.keep(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def policy_of(agent: Any) -> Policy:
+    """Step and weights of an agent."""
+    state = agent.policy.state_dict()
+    return agent.num_timesteps, {name: x.detach().cpu().clone() for name, x in state.items()}
 
 
 def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: Callable[[str], Any]) -> Row:
@@ -135,8 +164,9 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: 
         run["agent"], id, seed=run["seed"], device=device, env_kwargs=env_kwargs, **plan, **optional
     )
     recorder = Recorder(agent, run["steps"], tell)
+    checkpoints = Checkpoints(run["steps"], CHECKPOINTS)
     begin, cpu = time.perf_counter(), time.process_time()
-    if not sb3.train(agent, run["steps"], progress=False):
+    if not sb3.train(agent, run["steps"], progress=False, callback=checkpoints):
         raise KeyboardInterrupt
     wall, used = time.perf_counter() - begin, time.process_time() - cpu
     agent.get_env().close()
@@ -148,7 +178,7 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: 
         "train": {"steps": agent.num_timesteps, "seconds": wall, "cpu_seconds": used},
         "curve": recorder.curve,
         "scores": {split: _score(agent, run, split, episodes) for split in ("test", "compositional")},
-        "checkpoints": _checkpoints(agent, recorder, run, few),
+        "checkpoints": _checkpoints(agent, checkpoints, run, few),
         "perturbed": _perturbed(agent, run, few),
         "cost": {"seconds": wall, "cpu_seconds": used, **_cost(agent, run)},
         "structure": _structure(agent, run),
@@ -213,11 +243,12 @@ def score_of(result: Any) -> dict[str, Any]:
     }
 
 
-def _checkpoints(agent: Any, recorder: Recorder, run: Mapping[str, Any], episodes: int) -> list[list[float]]:
+def _checkpoints(
+    agent: Any, checkpoints: Checkpoints, run: Mapping[str, Any], episodes: int
+) -> list[list[float]]:
     """Step and test return of the policies that were kept, and of the trained one, on the same episodes."""
-    trained = {name: x.clone() for name, x in agent.policy.state_dict().items()}
     scores = []
-    for step, state in [*recorder.policies, (agent.num_timesteps, trained)]:
+    for step, state in [*checkpoints.policies, policy_of(agent)]:
         agent.policy.load_state_dict(state)
         scores.append([step, _evaluate(agent, run, "test", episodes).mean_return])
     return scores
