@@ -72,7 +72,9 @@ def parse_steps(text: str) -> int:
     except ValueError:
         steps = float("nan")
     if not (1 <= steps < 1e15 and steps == int(steps)):
-        raise ValueError(f"steps must be a positive whole number such as 200000, 2e5 or 200k, got {text!r}")
+        raise ValueError(
+            f"steps must be a whole number from 1 to under 1e15, such as 200000, 2e5 or 200k, got {text!r}"
+        )
     return int(steps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from rich.text import Text
 from mmenvs.cli_app import Device, Id, app, command, parse_difficulty, parse_list, parse_steps, user_errors
 
 _LAST = 8  # finished runs that the live table shows
+_TABLE = 80  # columns of a terminal that it fits into
 
 
 @app.command()
@@ -78,7 +80,8 @@ def benchmark(
 
     with user_errors():
         if (out is None) == (resume is None):
-            raise ValueError("either --out, for a new benchmark, or --resume, to go on, must be given")
+            both = "" if out is None else ", not both"
+            raise ValueError(f"either --out, for a new benchmark, or --resume, to go on, must be given{both}")
         folder = resume or out
         assert folder is not None
         plan = Plan() if resume is None else Plan.load(resume)
@@ -102,7 +105,7 @@ def benchmark(
             "engine": engine, "address": address, "gpus": gpus,
         }  # fmt: skip
         try:
-            if Console().is_terminal:
+            if Console().is_terminal and Console().width >= _TABLE:
                 with LiveTable() as table:
                     failed = runner.benchmark(plan, folder, watcher=table, **options)
             else:
@@ -182,8 +185,10 @@ class LiveTable:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def begin(self, runs: int, done: int) -> None:
+    def begin(self, runs: int, done: int, changes: Sequence[str]) -> None:
         """As ``Watcher.begin``."""
+        for change in changes:
+            self.live.console.print(Text(f"the plan is changed: {change}"))
         self.total, self.number, self.at = runs, done, time.monotonic()
         self.before = done
         self._draw()

@@ -104,5 +104,5 @@ def locked(folder: Path, what: str = "comparison") -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another {what} is writing to out={str(folder)!r}") from None
+            raise ValueError(f"another {what} is writing to {str(folder)!r}") from None
         yield

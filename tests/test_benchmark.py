@@ -177,7 +177,9 @@ def test_a_plan_comes_back(tmp_path):
         '{"format": 1, "agents": "ppo", "embeddings": []}',
         '{"format": 99, "agents": [], "embeddings": []}',
         '{"format": 1, "agents": [], "embeddings": [], "seeds": "x"}',
+        '{"format": 1, "embeddings": []}',
         "[]",
+        "[1]",
         "{",
     ):
         (tmp_path / "benchmark.json").write_text(broken)
@@ -191,7 +193,7 @@ def test_a_plan_comes_back(tmp_path):
         (
             {"agents": ("best",)},
             ValueError,
-            "agents must name some of random, most_frequent, oracle, blind:image",
+            "agents must name some of random, most_frequent, oracle, blind, blind:image",
         ),
         ({"agents": ("blind:smell",)}, ValueError, "blind:<modality> must name one of image, text, audio"),
         ({"agents": ("transformer:best",)}, ValueError, "transformer:<algo> must be one of 'ppo', 'grpo'"),
@@ -684,6 +686,32 @@ def test_agents_without_a_checkpoint_are_said_to_have_no_line(tmp_path):
     assert ">a2c</text>" not in drawn["efficiency"] and ">a2c</text>" in drawn["curve_0"]
 
 
+def test_training_that_is_much_longer_than_asked_for_is_said(tmp_path):
+    plan = replace(SMALL, agents=("ppo", "a2c"))
+    plan.save(tmp_path)
+    with Store(tmp_path, write=True) as opened:
+        for run in plan.runs():
+            rows = bench_runs.rows_of(run)
+            if run["agent"] == "ppo":
+                rows[-1]["step"] = 2048
+            opened.append([{**row, "provenance": ORIGIN} for row in rows])
+    with Store(tmp_path) as opened:
+        board = boards.read(opened)
+    (said,) = [each for each in results.remarks(board) if "longer" in each]
+    assert "whole rollouts are played: ppo (2,048 steps in place of 100)." in said
+
+
+def test_a_report_of_something_else_is_not_written_over(filled, tmp_path):
+    theirs = tmp_path / "report.md"
+    theirs.write_text("# Sales")
+    with pytest.raises(ValueError, match=r"holds a report\.md of something else: choose another folder"):
+        results.write(filled, tmp_path)
+    assert theirs.read_text() == "# Sales" and list(tmp_path.iterdir()) == [theirs]
+    theirs.unlink()
+    for _ in range(2):  # one's own report is made anew
+        results.write(filled, tmp_path)
+
+
 def test_versions_that_differ_are_said(tmp_path):
     fill(tmp_path, SMALL)
     (run,) = [run for run in SMALL.runs() if run["agent"] == "ppo" and run["difficulty"] == 0]
@@ -763,7 +791,7 @@ def test_command(tmp_path, monkeypatch):
     assert "5 runs, 0 of them done before" in said and "policy:tests.test_benchmark_faults:Yes" in said
     assert "5 runs, 5 of them done before" in command("benchmark", "--resume", out)
     said = command("benchmark", "--resume", out, "--seeds", 2)
-    assert "7 runs, 5 of them done before" in said
+    assert "7 runs, 5 of them done before" in said and "the plan is changed: seeds: the suite's -> 2" in said
     command("report", out, "--out", tmp_path / "report")
     assert "tests.test_benchmark_faults:Yes" in (tmp_path / "report" / "report.md").read_text()
 
@@ -773,13 +801,13 @@ def test_live_table():
     table.live.console = Console(width=120, record=True, file=io.StringIO())
     (run, other) = [run for run in PLAN.runs() if run["agent"] == "ppo"][:2]
     with table:
-        table.begin(12, 3)
+        table.begin(12, 3, ["seeds: 1 -> 3"])
         table.progress(Progress(run, 0.5, None))
         table.progress(Progress(run, 0.9, 0.25))
         table.done(Done(other, bench_runs.rows_of(other, 1.0), 7.0))
         table.done(failed({**other, "agent": "policy:m:P"}, 7.0, "ValueError", "[batch, 3] [/b]"))
     text = table.live.console.export_text()
-    assert "5 of 12 runs, about" in text and "0.250" in text
+    assert "the plan is changed: seeds: 1 -> 3" in text and "5 of 12 runs, about" in text and "0.250" in text
     assert "policy:m:P" in text and "ValueError: [batch, 3] [/b]" in text
     assert re.search(r"difficulty 1: ppo, cnn\+concat, seed 0 .* 1.000  \(7 s\)", text)
 
@@ -789,7 +817,7 @@ def test_lines_tell_how_far_a_run_is(monkeypatch):
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
     lines = runner.Lines(said.append, every=60.0)
     run = next(run for run in PLAN.runs() if run["agent"] == "ppo")
-    lines.begin(1, 0)
+    lines.begin(1, 0, [])
     for now[0], share, score in ((0.0, 0.0, None), (59.0, 0.1, None), (60.0, 0.2, None), (125.0, 0.5, 0.25)):
         lines.progress(Progress(run, share, score))
     name = runner.run_name(run)
@@ -800,7 +828,11 @@ def test_lines_tell_how_far_a_run_is(monkeypatch):
     ("arguments", "message"),
     [
         (["benchmark"], "either --out"),
-        (["benchmark", "--out", "a", "--resume", "b"], "either --out"),
+        (["benchmark", "--out", "a", "--resume", "b"], "must be given, not both"),
+        (
+            ["benchmark", "--out", "{}", "--steps", "1e30"],
+            "steps must be a whole number from 1 to under 1e15",
+        ),
         (["benchmark", "--out", "{}", "--suite", "best"], "suite must be one of"),
         (["benchmark", "--out", "{}", "--agents", ""], "--agents must name at least one"),
         (["benchmark", "--out", "{}", "--agents", "best"], "agents must name some of"),

@@ -13,16 +13,17 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmenvs.benchmark import job, players, pool, runner
+from mmenvs.benchmark import job, players, pool, results, runner
 from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.rows import plain
 from mmenvs.benchmark.store import Store
-from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask
+from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask, suite_named
 
 from . import bench_runs
 from .bench_runs import KILLS
@@ -233,7 +234,7 @@ def test_more_seeds_are_added(tiny, tmp_path):
     more = Plan(**{**tiny.__dict__, "seeds": 3})
     said: list[str] = []
     runner.benchmark(more, tmp_path, resume=True, watcher=runner.Lines(said.append))
-    assert said[0] == "6 runs, 5 of them done before"
+    assert said[:2] == ["the plan is changed: seeds: the suite's -> 3", "6 runs, 5 of them done before"]
     assert Plan.load(tmp_path).seeds == 3
 
 
@@ -265,7 +266,52 @@ def test_a_lost_plan_loses_no_rows(tiny, tmp_path):
     runner.benchmark(tiny, tmp_path, watcher=runner.Lines(said.append))
     done = said[0].split()
     assert done[0] == done[2] and "done before" in said[0]
-    assert Plan.load(tmp_path) == tiny
+    assert Plan.load(tmp_path) == tiny.pinned()
+
+
+def test_a_file_of_the_same_name_is_not_written_over(tiny, tmp_path):
+    theirs = tmp_path / "benchmark.json"
+    theirs.write_text('{"suite": "of another program"}')
+    with pytest.raises(ValueError, match=r"benchmark\.json' is no plan of a benchmark"):
+        runner.benchmark(tiny, tmp_path)
+    assert theirs.read_text() == '{"suite": "of another program"}' and list(tmp_path.iterdir()) == [theirs]
+
+
+def test_a_plan_keeps_the_version_of_its_suite(tiny, tmp_path, monkeypatch):
+    runner.benchmark(tiny, tmp_path)
+    monkeypatch.setitem(SUITES, "tiny-v1", Suite("tiny-v1", (SuiteTask(VQA, 1, 64),), seeds=2, episodes=8))
+    plan, said = Plan.load(tmp_path), []
+    assert plan.the_suite().name == "tiny-v0" and suite_named("tiny").name == "tiny-v1"
+    runner.benchmark(
+        Plan(**{**plan.__dict__, "steps": 32}), tmp_path, resume=True, watcher=runner.Lines(said.append)
+    )
+    assert said[:2] == ["the plan is changed: steps: the suite's -> 32", "5 runs, 0 of them done before"]
+
+
+@pytest.mark.parametrize("where", [0.3, 0.5, 0.7, 0.9])
+def test_a_store_damaged_in_the_middle(tmp_path, where, capfd):
+    """Neither report nor runner take it for whole, and nothing is added to it."""
+    folder = tmp_path / "results"
+    plan = replace(bench_runs.PLAN, suite="core-v0")
+    plan.save(folder)
+    with Store(folder, write=True) as store:
+        for run in plan.runs():
+            store.append([{**row, "provenance": {}} for row in bench_runs.rows_of(run)])
+    path = folder / "results.sqlite"
+    whole = path.read_bytes()
+    start = int(len(whole) * where) // 4096 * 4096
+    damaged = whole[:start] + b"\xa5" * 8192 + whole[start + 8192 :]
+    path.write_bytes(damaged)
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"results\.sqlite' (is damaged|is no store)"):
+        runner.benchmark(
+            replace(plan, seeds=9), folder, resume=True, mix=True, watcher=runner.Lines(said.append)
+        )
+    assert not said and path.read_bytes() == damaged
+    with pytest.raises(ValueError, match=r"results\.sqlite' (is damaged|is no store)"):
+        results.write(folder, tmp_path / "report")
+    gc.collect()
+    assert "Exception ignored" not in capfd.readouterr().err
 
 
 def test_two_runners_in_one_folder(tiny, tmp_path):

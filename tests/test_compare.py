@@ -205,7 +205,7 @@ def test_grid_errors_come_before_any_run(change, error, message, tmp_path):
         (["--budget", "watts=20"], "budget must name some of megabytes"),
         (["--budget", "megabytes=-1"], "must be a number above 0"),
         (["--features-dim", "wide"], "features-dim must be numbers"),
-        (["--steps", "many"], "steps must be a positive whole number"),
+        (["--steps", "many"], "steps must be a whole number from 1"),
         (["--difficulty", "0,4"], "difficulty must be 0, 1, 2 or 3"),
         (["--device", "tpu"], "device must be 'auto', 'cpu' or 'cuda'"),
         (["--out", __file__], "out must be a folder"),

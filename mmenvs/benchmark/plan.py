@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +103,19 @@ class Plan:
         at = names.index("blind")
         return names[:at] + [players.BLIND + modality for modality in players.MODALITIES] + names[at + 1 :]
 
+    def changes(self, before: Plan) -> list[str]:
+        """What is another thing than in the plan before, such as ``"seeds: 2 -> 3"``."""
+        was, now = asdict(before.pinned()), asdict(self.pinned())
+        return [f"{key}: {_told(was[key])} -> {_told(now[key])}" for key in now if was[key] != now[key]]
+
+    def pinned(self) -> Plan:
+        """With the version of its suite, so that a newer one doesn't take its place."""
+        return replace(self, suite=suite_named(self.suite).name)
+
     def save(self, folder: Path) -> None:
         """Leave it in ``folder`` for ``--resume``."""
         with replacing(folder / NAME) as file:
-            file.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2))
+            file.write_text(json.dumps({"format": FORMAT, **asdict(self.pinned())}, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -126,7 +134,9 @@ class Plan:
             )
             raise FileNotFoundError(f"no benchmark in {str(folder)!r}: there is no {NAME}{lost}")
         try:
-            found: Mapping[str, Any] = json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            if not isinstance(found, dict) or not found.keys() >= {"format", "agents", "embeddings"}:
+                raise ValueError("it must be an object that holds format, agents and embeddings")
             fields = {key: value for key, value in found.items() if key != "format"}
             if found["format"] != FORMAT:
                 raise ValueError(f"its format is {found['format']!r}, this version reads {FORMAT}")
@@ -142,5 +152,11 @@ class Plan:
                 if key in ("suite", "device") and not isinstance(value, str):
                     raise ValueError(f"{key} must be a name, got {value!r}")
             return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{str(path)!r} is no plan of a benchmark: {error}") from None
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "the suite's"
+    return ",".join(value) if isinstance(value, tuple) else str(value)

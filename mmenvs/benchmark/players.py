@@ -54,6 +54,7 @@ def check(name: str) -> str:
     elif name not in BASELINES and name not in _recipes():
         allowed = (
             *BASELINES,
+            "blind",
             *(BLIND + m for m in MODALITIES),
             *_recipes(),
             TRANSFORMER,

@@ -194,7 +194,7 @@ def attempt(execute: Execute, run: Mapping[str, Any], device: str, tell: Tell) -
     """``"rows"`` and the rows of a run, or ``"error"`` and its kind, message and traceback."""
     try:
         return "rows", execute(run, device, tell)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # Ctrl-C isn't for this process
         return "error", (type(error).__name__, str(error), traceback.format_exc())
     finally:
         # Agents are in cycles of references, and a few of them that wait for the collector fill the memory.

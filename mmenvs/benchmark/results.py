@@ -24,6 +24,7 @@ from mmenvs.benchmark.tables import COMPARED, leaderboard, tables
 from mmenvs.files import out_folder, replacing
 
 TITLE = "Benchmark"
+_LONGER = 1.1  # times the steps of the suite that are worth a remark
 _THRESHOLDS = np.linspace(-0.1, 1.05, 47)
 
 
@@ -48,7 +49,8 @@ def write(folder: str | os.PathLike[str], out: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: if there are no results.
-        ValueError: if the store is damaged or holds no finished run, or ``out`` can't be written to.
+        ValueError: if the store is damaged or holds no finished run, or ``out`` can't be written to or holds
+            the report of something else.
     """
     folder = Path(folder)
     suite = seeds = None
@@ -59,7 +61,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> list[str]:
         board = read(store, suite)
     sections = tables(board)
     drawn = figures(board)
-    out_folder(out)
+    _check_ours(out_folder(out))
     for name, svg in drawn.items():
         with replacing(out / "figures" / f"{name}.svg") as file:
             file.write_text(plots.standalone(svg), encoding="utf-8")
@@ -76,6 +78,25 @@ def write(folder: str | os.PathLike[str], out: Path) -> list[str]:
     _write_csv(out / "leaderboard.csv", *_flat(leaderboard(board)))
     _write_csv(out / "runs.csv", *_runs(board))
     return ["figures", "leaderboard.csv", "report.html", "report.md", "runs.csv"]
+
+
+def _trained_longer(board: Board, agent: str) -> tuple[int, int] | None:
+    """Steps done and asked for where they are furthest apart; None if they nearly agree everywhere."""
+    steps = [
+        (record.curve[-1][0], record.run["steps"])
+        for records in board.of(agent).values()
+        for record in records
+        if record.run["steps"]
+    ]
+    most = max(steps, key=lambda pair: pair[0] / pair[1], default=(0, 1))
+    return most if most[0] > _LONGER * most[1] else None
+
+
+def _check_ours(out: Path) -> None:
+    """That no report of something else would be written over."""
+    path = out / "report.md"
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(f"# {TITLE} "):
+        raise ValueError(f"out={str(out)!r} holds a report.md of something else: choose another folder")
 
 
 def remarks(board: Board, seeds: int | None = None) -> list[str]:
@@ -111,6 +132,12 @@ def remarks(board: Board, seeds: int | None = None) -> list[str]:
         found.append(
             f"Without a score at every checkpoint of the suite, which few steps leave out, and so without a line under "
             f"Sample efficiency: {'; '.join(short)}."
+        )
+    longer = {agent: most for agent in board.trained() if (most := _trained_longer(board, agent)) is not None}
+    if longer:
+        found.append(
+            "Trained much longer than the suite says, as whole rollouts are played: "
+            f"{'; '.join(f'{agent} ({done:,} steps in place of {asked:,})' for agent, (done, asked) in longer.items())}."
         )
     if len({code.partition("+")[0] for code in board.codes}) > 1:
         found.append("Careful: these rows come from different versions of the code, see the last table.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +22,8 @@ from mmenvs.files import locked, out_folder
 class Watcher(Protocol):
     """Is told what happens."""
 
-    def begin(self, runs: int, done: int) -> None:
-        """There are so many runs, so many of them done before."""
+    def begin(self, runs: int, done: int, changes: Sequence[str]) -> None:
+        """There are so many runs, so many of them done before; ``changes`` of the plan that was in the folder."""
 
     def progress(self, event: pool.Progress) -> None:
         """A run has come so far."""
@@ -44,8 +44,10 @@ class Lines:
         self.say, self.every = say, every
         self.said: dict[str, float] = {}  # when a run was spoken of, or seen first
 
-    def begin(self, runs: int, done: int) -> None:
+    def begin(self, runs: int, done: int, changes: Sequence[str]) -> None:
         self.number, self.total = done, runs
+        for change in changes:
+            self.say(f"the plan is changed: {change}")
         self.say(f"{count(runs, 'run')}, {done} of them done before")
 
     def progress(self, event: pool.Progress) -> None:
@@ -109,8 +111,8 @@ def benchmark(
 
     Raises:
         ValueError, TypeError, ImportError: for what doesn't exist, before any run; if ``out`` holds a plan with
-            results and ``resume`` is False, holds rows of another version of the code and ``mix`` is False, or if a
-            benchmark is running there.
+            results and ``resume`` is False, holds rows of another version of the code and ``mix`` is False, a
+            damaged store or a ``benchmark.json`` of something else, or if a benchmark is running there.
         OSError: if the store can't be written, as on a full disk.
     """
     from mmenvs.benchmark import job
@@ -134,12 +136,14 @@ def benchmark(
         ray.check_reachable(address)
     device = resolve_device(plan.device)
     runs = plan.runs()
+    before = Plan.load(out) if (out / NAME).exists() else None
     with locked(out_folder(out, "benchmark"), "benchmark"), Store(out, write=True) as store:
         # Rows whose plan was lost are gone on with by the command that began them.
-        if not resume and store.count() and (store.path.parent / NAME).exists():
+        if not resume and store.count() and before is not None:
             raise ValueError(
                 f"out={str(out)!r} holds a benchmark: go on with --resume, or choose another folder"
             )
+        store.verify()
         origin = provenance(device)
         codes = {name: players.code_version(name) for name in {run["agent"] for run in runs}}
         if not mix:
@@ -147,7 +151,7 @@ def benchmark(
         plan.save(out)
         done = store.finished()
         missing = [run for run in runs if run_key(run) not in done]
-        watcher.begin(len(runs), len(runs) - len(missing))
+        watcher.begin(len(runs), len(runs) - len(missing), plan.changes(before) if before else [])
         failed = 0
         how: dict[str, Any] = {"device": device, "threads": threads, "timeout": timeout}
         events = (

@@ -136,6 +136,18 @@ class Store:
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
 
+    def verify(self) -> None:
+        """Look whether all is whole that a report is made of.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        for (found,) in self._select("PRAGMA quick_check(1)"):
+            if found != "ok":
+                raise ValueError(f"{str(self.path)!r} is damaged: {' '.join(found.split())}")
+        for _ in self.finals():
+            pass
+
     def finished(self) -> set[str]:
         """The keys (:func:`mmenvs.benchmark.summary.run_key`) of the runs that have their last row."""
         return {key for (key,) in self._select("SELECT run FROM rows WHERE final AND error IS NULL")}
@@ -199,7 +211,9 @@ class Store:
 
     def _select(self, query: str, *values: str | int) -> Iterator[Any]:
         try:
-            yield from self.database.execute(query, values)
+            # Not "yield from": that would close the cursor, which tells an error of the database again.
+            for row in self.database.execute(query, values):  # noqa: UP028
+                yield row
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
 

@@ -79,17 +79,19 @@ def check_reachable(address: str | None) -> None:
     """That something listens there; Ray itself would try for ever.
 
     Raises:
+        ValueError: if it is no address.
         ConnectionError: if nothing does.
     """
     if address in (None, "auto", "local"):
         return
+    allowed = f"address must be 'auto' or HOST:PORT of a running cluster, got {address!r}"
     host, _, port = str(address).removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise ValueError(allowed)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConnectionError(
-            f"address must be 'auto' or HOST:PORT of a running cluster, got {address!r}: {error}"
-        ) from None
+    except (OSError, UnicodeError) as error:
+        raise ConnectionError(f"{allowed}: {error}") from None
 
 
 def _first(running: dict[Any, Part]) -> tuple[Part, Encoded]:
