@@ -54,7 +54,7 @@ def main() -> None:
             print(f"| {modality} | {target} | " + " | ".join(values) + " |")
 
     costs = cost(load_embedding("shapes", next(iter(spaces.values()))), next(iter(spaces.values())))
-    print(f"\n{costs['parameters']:,} parameters, {costs['weight_bytes'] / 2**20:.2f} MB, ", end="")
+    print(f"\n{costs['parameters']:,} parameters, {costs['weight_bytes'] / 1e6:.2f} MB, ", end="")
     print(f"{costs['flops'] / 1e6:.1f} MFLOP for a picture, its caption and its sound together")
 
 
