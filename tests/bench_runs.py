@@ -29,6 +29,8 @@ def execute(run, device, tell):
             os.kill(os.getpid(), signal.SIGKILL)
         case "exits":
             sys.exit("no weights")
+        case "interrupts":
+            raise KeyboardInterrupt("enough")
         case "leaves":
             os._exit(3)
         case "hangs":

@@ -198,6 +198,8 @@ def test_a_plan_comes_back(tmp_path):
         ({"agents": ("blind:smell",)}, ValueError, "blind:<modality> must name one of image, text, audio"),
         ({"agents": ("transformer:best",)}, ValueError, "transformer:<algo> must be one of 'ppo', 'grpo'"),
         ({"agents": ("ppo", "ppo")}, ValueError, "agents holds 'ppo' twice"),
+        ({"agents": ("blind", "blind")}, ValueError, "agents holds 'blind' twice"),
+        ({"agents": ("blind", "blind:text")}, ValueError, "agents holds 'blind:text' twice"),
         ({"embeddings": ()}, ValueError, "embeddings must name at least one"),
         ({"embeddings": ("cnn",)}, ValueError, r"must be '<encoder>\+<fusion>'"),
         ({"embeddings": ("cnn+best",)}, ValueError, "the fusion in 'cnn\\+best' must be one of"),
@@ -698,16 +700,18 @@ def test_training_that_is_much_longer_than_asked_for_is_said(tmp_path):
     with Store(tmp_path) as opened:
         board = boards.read(opened)
     (said,) = [each for each in results.remarks(board) if "longer" in each]
-    assert "whole rollouts are played: ppo (2,048 steps in place of 100)." in said
+    assert said.startswith("Trained over a quarter longer than asked for: ppo on ")
+    assert said.endswith("difficulty 0 (2,048 steps in place of 100).")
 
 
 def test_a_report_of_something_else_is_not_written_over(filled, tmp_path):
-    theirs = tmp_path / "report.md"
-    theirs.write_text("# Sales")
-    with pytest.raises(ValueError, match=r"holds a report\.md of something else: choose another folder"):
-        results.write(filled, tmp_path)
-    assert theirs.read_text() == "# Sales" and list(tmp_path.iterdir()) == [theirs]
-    theirs.unlink()
+    for name in ("report.md", "runs.csv"):
+        theirs = tmp_path / name
+        theirs.write_text("# Sales")
+        with pytest.raises(ValueError, match=rf"holds a {name} of something else: choose another folder"):
+            results.write(filled, tmp_path)
+        assert theirs.read_text() == "# Sales" and list(tmp_path.iterdir()) == [theirs]
+        theirs.unlink()
     for _ in range(2):  # one's own report is made anew
         results.write(filled, tmp_path)
 
@@ -810,6 +814,16 @@ def test_live_table():
     assert "the plan is changed: seeds: 1 -> 3" in text and "5 of 12 runs, about" in text and "0.250" in text
     assert "policy:m:P" in text and "ValueError: [batch, 3] [/b]" in text
     assert re.search(r"difficulty 1: ppo, cnn\+concat, seed 0 .* 1.000  \(7 s\)", text)
+
+
+@pytest.mark.parametrize(("width", "table"), [(79, False), (80, True)])
+def test_a_narrow_terminal_gets_lines(width, table, monkeypatch, tmp_path):
+    """The table's columns would be empty there."""
+    given = {}
+    monkeypatch.setattr("mmenvs.cli_benchmark.Console", lambda: Console(width=width, force_terminal=True))
+    monkeypatch.setattr(runner, "benchmark", lambda plan, folder, **options: given.update(options) or 0)
+    command("benchmark", "--out", tmp_path)
+    assert isinstance(given["watcher"], LiveTable if table else runner.Lines)
 
 
 def test_lines_tell_how_far_a_run_is(monkeypatch):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -123,13 +124,14 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_one_that_dies_hangs_or_raises_costs_its_own_run():
-    agents = ("tells", "raises", "exits", "dies", "leaves", "hangs", "ppo")
+    agents = ("tells", "raises", "exits", "interrupts", "dies", "leaves", "hangs", "ppo")
     events = list(
         pool.run_all([run_of(agent) for agent in agents], bench_runs.execute, **{**SETTINGS, "timeout": 4.0})
     )
     done = {event.run["agent"]: event.rows for event in events if isinstance(event, pool.Done)}
     assert list(done) == list(agents)
     assert done["exits"][-1]["error"] == "SystemExit: no weights"
+    assert done["interrupts"][-1]["error"] == "KeyboardInterrupt: enough"
     errors = {agent: rows[-1].get("error") for agent, rows in done.items()}
     assert errors["raises"] == "ArithmeticError: no answer" and "execute" in done["raises"][-1]["traceback"]
     assert (
@@ -288,15 +290,35 @@ def test_a_plan_keeps_the_version_of_its_suite(tiny, tmp_path, monkeypatch):
     assert said[:2] == ["the plan is changed: steps: the suite's -> 32", "5 runs, 0 of them done before"]
 
 
+@pytest.mark.parametrize("content", ["", "{}", None])
+def test_a_damaged_plan_is_no_dead_end(tiny, tmp_path, content):
+    runner.benchmark(tiny, tmp_path)
+    path = tmp_path / "benchmark.json"
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(content)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="move it away and say --out, and the rows beside it are kept"):
+            runner.benchmark(tiny, tmp_path, resume=resume)
+    path.rename(tmp_path / "away")
+    said: list[str] = []
+    runner.benchmark(tiny, tmp_path, watcher=runner.Lines(said.append))
+    assert said == ["5 runs, 5 of them done before"]
+
+
+def test_a_plan_of_an_unknown_suite_is_changed(tiny, tmp_path):
+    replace(tiny, suite="tiny-v9").save(tmp_path)
+    said: list[str] = []
+    runner.benchmark(tiny, tmp_path, resume=True, watcher=runner.Lines(said.append))
+    assert said[:2] == ["the plan is changed: suite: tiny-v9 -> tiny-v0", "5 runs, 0 of them done before"]
+
+
 @pytest.mark.parametrize("where", [0.3, 0.5, 0.7, 0.9])
-def test_a_store_damaged_in_the_middle(tmp_path, where, capfd):
-    """Neither report nor runner take it for whole, and nothing is added to it."""
-    folder = tmp_path / "results"
-    plan = replace(bench_runs.PLAN, suite="core-v0")
-    plan.save(folder)
-    with Store(folder, write=True) as store:
-        for run in plan.runs():
-            store.append([{**row, "provenance": {}} for row in bench_runs.rows_of(run)])
+def test_a_store_damaged_in_the_middle(tmp_path, where):
+    """Neither report nor runner take it for whole, and nothing is added to it or changed."""
+    folder, plan = stored(tmp_path)
     path = folder / "results.sqlite"
     whole = path.read_bytes()
     start = int(len(whole) * where) // 4096 * 4096
@@ -307,11 +329,58 @@ def test_a_store_damaged_in_the_middle(tmp_path, where, capfd):
         runner.benchmark(
             replace(plan, seeds=9), folder, resume=True, mix=True, watcher=runner.Lines(said.append)
         )
-    assert not said and path.read_bytes() == damaged
+    assert not said and path.read_bytes() == damaged and Plan.load(folder) == plan
     with pytest.raises(ValueError, match=r"results\.sqlite' (is damaged|is no store)"):
         results.write(folder, tmp_path / "report")
+
+
+def stored(folder):
+    """A folder with a store of some hundred rows, and the plan of them."""
+    plan = bench_runs.PLAN
+    folder = folder / "results"
+    folder.mkdir()
+    plan.save(folder)
+    with Store(folder, write=True) as store:
+        for run in plan.runs():
+            store.append([{**row, "provenance": {}} for row in bench_runs.rows_of(run)])
+    return folder, plan
+
+
+def test_rows_that_are_half_read_when_the_store_is_closed(tmp_path, capfd):
+    """As by an error between them: closing them later says nothing."""
+    folder, _ = stored(tmp_path)
+    with Store(folder) as store:
+        rows = store.all()
+        next(rows)
+    del rows
     gc.collect()
     assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_a_store_whose_index_lacks_a_row(tmp_path):
+    """A finished run would count as missing, be trained again and be refused, each time anew."""
+    folder, plan = stored(tmp_path)
+    with contextlib.closing(sqlite3.connect(folder / "results.sqlite")) as database:
+        (usual,) = database.execute("SELECT sql FROM sqlite_schema WHERE name = 'finals'").fetchone()
+        database.execute("DROP INDEX finals")
+        database.execute(f"{usual} AND score > 2")
+        database.execute("PRAGMA writable_schema=ON")
+        database.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'finals'", [usual])
+        database.commit()
+    with pytest.raises(ValueError, match=r"is damaged: row 1 missing from index finals"):
+        runner.benchmark(plan, folder, resume=True, mix=True)
+
+
+def test_text_that_cannot_be_read(tmp_path):
+    """In a row that no run's score is taken from."""
+    folder, plan = stored(tmp_path)
+    path = folder / "results.sqlite"
+    (failed,) = pool.failed(plan.runs()[-1], 1.0, "ValueError", "no answer", "the trace of it").rows
+    with Store(folder, write=True) as store:
+        store.append([{**failed, "run": {**failed["run"], "seed": 99}, "provenance": {}}])
+    path.write_bytes(path.read_bytes().replace(b"the trace of it", b"the \xff\xfeace of it"))
+    with pytest.raises(ValueError, match=r"results\.sqlite' is damaged"):
+        runner.benchmark(plan, folder, resume=True, mix=True)
 
 
 def test_two_runners_in_one_folder(tiny, tmp_path):

@@ -66,7 +66,7 @@ def bodies(folder):
 
 def test_the_same_rows_as_here(cluster, tmp_path, monkeypatch):
     """Byte for byte, with the real training and evaluation, and a policy that fails."""
-    tasks = (SuiteTask(VQA, 0, 1024),)  # two rollouts of A2C
+    tasks = (SuiteTask(VQA, 0, 1024),)  # four rollouts of A2C
     monkeypatch.setitem(SUITES, "tiny-v0", Suite("tiny-v0", tasks, seeds=1, episodes=8, checkpoints=(0.5,)))
     plan = Plan(suite="tiny", agents=("a2c", "policy:tests.test_benchmark_faults:NotFinite"), device="cpu")
     here, there = tmp_path / "here", tmp_path / "there"

@@ -187,7 +187,7 @@ def read(store: Store, suite: str | None = None) -> Board:
         suite: name of the suite; None is that of the newest row.
 
     Raises:
-        ValueError: without a finished run (of the suite).
+        ValueError: without a finished run (of the suite), or if the store is damaged.
     """
     everything: dict[str, list[tuple[int, str, str, str, float]]] = {}
     last = None
@@ -215,7 +215,10 @@ def read(store: Store, suite: str | None = None) -> Board:
     for place, row in zip(places, rows, strict=True):
         origin = {key: value for key, value in row["provenance"].items() if key != "written"}
         origins[json.dumps(origin, sort_keys=True)] += 1
-        cells.setdefault(place, []).append(_record(row, store.curve(row["run"])))
+        curve = store.curve(row["run"])
+        if not curve or curve[-1][0] != row["step"]:
+            raise ValueError(f"{str(store.path)!r} is damaged: the last row of a run isn't among its rows")
+        cells.setdefault(place, []).append(_record(row, curve))
     for group in cells.values():
         group.sort(key=lambda record: record.run["seed"])
     return Board(

@@ -39,7 +39,7 @@ from mmenvs.registry import SPECS
 from mmenvs.spaces import modality_of
 
 CURVE_POINTS = 20
-CHECKPOINTS = (0.8, 0.9)  # shares of the training at which the policy is kept; the trained one is the third
+CHECKPOINTS = (0.8, 0.9)  # shares of the training at which the policy is kept, beside the trained one
 # What becomes of a modality that is missing, shuffled or swapped is told by the structure measures.
 _PERTURBATIONS = ("noise", "brightness", "pitch", "word_dropout")
 _SAY_EVERY = 10.0  # seconds between two lines about the same run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,10 @@ class Plan:
 
         suite = self.the_suite()
         seeds = suite.seeds if self.seeds is None else integer_in("seeds", self.seeds, 1, 1000)
+        _check_once("agents", self.agents)
+        _check_once("embeddings", self.embeddings)
         names = [players.check(name) for name in self._names()]
-        for what, values in {"agents": names, "embeddings": list(self.embeddings)}.items():
-            twice = [value for value in values if values.count(value) > 1]
-            if twice:
-                raise ValueError(f"{what} holds {twice[0]!r} twice")
+        _check_once("agents", names)
         if not self.embeddings:
             raise ValueError("embeddings must name at least one, such as 'cnn+concat'")
         spaces = {task: space_of(task.id, {"difficulty": task.difficulty}) for task in suite.tasks}
@@ -109,8 +109,11 @@ class Plan:
         return [f"{key}: {_told(was[key])} -> {_told(now[key])}" for key in now if was[key] != now[key]]
 
     def pinned(self) -> Plan:
-        """With the version of its suite, so that a newer one doesn't take its place."""
-        return replace(self, suite=suite_named(self.suite).name)
+        """With the version of its suite, so that a newer one doesn't take its place; one it doesn't know stays as it is."""
+        try:
+            return replace(self, suite=suite_named(self.suite).name)
+        except ValueError:
+            return self
 
     def save(self, folder: Path) -> None:
         """Leave it in ``folder`` for ``--resume``."""
@@ -126,12 +129,9 @@ class Plan:
             ValueError: if it is damaged.
         """
         path = folder / NAME
-        if not path.is_file():
-            lost = (
-                "; with --out in place of --resume its rows are kept"
-                if (folder / store.NAME).is_file()
-                else ""
-            )
+        rows = (folder / store.NAME).is_file()
+        if not path.exists():
+            lost = "; with --out in place of --resume its rows are kept" if rows else ""
             raise FileNotFoundError(f"no benchmark in {str(folder)!r}: there is no {NAME}{lost}")
         try:
             found = json.loads(path.read_text())
@@ -152,11 +152,18 @@ class Plan:
                 if key in ("suite", "device") and not isinstance(value, str):
                     raise ValueError(f"{key} must be a name, got {value!r}")
             return cls(**fields)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{str(path)!r} is no plan of a benchmark: {error}") from None
+        except (ValueError, TypeError, RecursionError, IsADirectoryError) as error:
+            lost = "; move it away and say --out, and the rows beside it are kept" if rows else ""
+            raise ValueError(f"{str(path)!r} is no plan of a benchmark: {error}{lost}") from None
 
 
 def _told(value: Any) -> str:
     if value is None:
         return "the suite's"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(value) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _check_once(what: str, names: Sequence[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{what} holds {twice[0]!r} twice")

@@ -24,7 +24,7 @@ from mmenvs.benchmark.tables import COMPARED, leaderboard, tables
 from mmenvs.files import out_folder, replacing
 
 TITLE = "Benchmark"
-_LONGER = 1.1  # times the steps of the suite that are worth a remark
+FILES = ("report.md", "report.html", "leaderboard.csv", "runs.csv")  # in the order in which they are written
 _THRESHOLDS = np.linspace(-0.1, 1.05, 47)
 
 
@@ -53,6 +53,7 @@ def write(folder: str | os.PathLike[str], out: Path) -> list[str]:
             the report of something else.
     """
     folder = Path(folder)
+    _check_ours(out)
     suite = seeds = None
     if (folder / NAME).is_file():
         plan = Plan.load(folder)
@@ -61,42 +62,42 @@ def write(folder: str | os.PathLike[str], out: Path) -> list[str]:
         board = read(store, suite)
     sections = tables(board)
     drawn = figures(board)
-    _check_ours(out_folder(out))
+    out_folder(out)
     for name, svg in drawn.items():
         with replacing(out / "figures" / f"{name}.svg") as file:
             file.write_text(plots.standalone(svg), encoding="utf-8")
     sentences = remarks(board, seeds)
-    with replacing(out / "report.md") as file:
+    with replacing(out / FILES[0]) as file:
         lead = "\n\n".join(map(cell_text, sentences))
         paths = [f"figures/{name}.svg" for name in drawn]
         file.write_text(markdown(f"{TITLE} {board.suite}", lead, sections, paths), encoding="utf-8")
-    with replacing(out / "report.html") as file:
+    with replacing(out / FILES[1]) as file:
         lead = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
         after = episodes.section(episodes.examples(board))
         svgs = list(drawn.values())
         file.write_text(page(f"{TITLE} {board.suite}", lead, sections, svgs, after), encoding="utf-8")
-    _write_csv(out / "leaderboard.csv", *_flat(leaderboard(board)))
-    _write_csv(out / "runs.csv", *_runs(board))
-    return ["figures", "leaderboard.csv", "report.html", "report.md", "runs.csv"]
+    _write_csv(out / FILES[2], *_flat(leaderboard(board)))
+    _write_csv(out / FILES[3], *_runs(board))
+    return sorted(["figures", *FILES])
 
 
-def _trained_longer(board: Board, agent: str) -> tuple[int, int] | None:
-    """Steps done and asked for where they are furthest apart; None if they nearly agree everywhere."""
-    steps = [
-        (record.curve[-1][0], record.run["steps"])
-        for records in board.of(agent).values()
-        for record in records
-        if record.run["steps"]
-    ]
-    most = max(steps, key=lambda pair: pair[0] / pair[1], default=(0, 1))
-    return most if most[0] > _LONGER * most[1] else None
+def _trained_longer(board: Board, agent: str) -> str | None:
+    """The agent and the first task on which it did many more steps than it had, as rollouts are played to their end."""
+    for task, records in board.of(agent).items():
+        done, asked = max(record.curve[-1][0] for record in records), records[0].run["steps"]
+        if 4 * done > 5 * asked > 0:
+            return f"{agent} on {task} ({done:,} steps in place of {asked:,})"
+    return None
 
 
 def _check_ours(out: Path) -> None:
-    """That no report of something else would be written over."""
-    path = out / "report.md"
-    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(f"# {TITLE} "):
-        raise ValueError(f"out={str(out)!r} holds a report.md of something else: choose another folder")
+    """That no files of something else would be written over."""
+    path = out / FILES[0]
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace").startswith(f"# {TITLE} "):
+        return
+    for name in FILES:
+        if (out / name).exists():
+            raise ValueError(f"out={str(out)!r} holds a {name} of something else: choose another folder")
 
 
 def remarks(board: Board, seeds: int | None = None) -> list[str]:
@@ -133,12 +134,9 @@ def remarks(board: Board, seeds: int | None = None) -> list[str]:
             f"Without a score at every checkpoint of the suite, which few steps leave out, and so without a line under "
             f"Sample efficiency: {'; '.join(short)}."
         )
-    longer = {agent: most for agent in board.trained() if (most := _trained_longer(board, agent)) is not None}
+    longer = [said for agent in board.trained() if (said := _trained_longer(board, agent)) is not None]
     if longer:
-        found.append(
-            "Trained much longer than the suite says, as whole rollouts are played: "
-            f"{'; '.join(f'{agent} ({done:,} steps in place of {asked:,})' for agent, (done, asked) in longer.items())}."
-        )
+        found.append(f"Trained over a quarter longer than asked for: {'; '.join(longer)}.")
     if len({code.partition("+")[0] for code in board.codes}) > 1:
         found.append("Careful: these rows come from different versions of the code, see the last table.")
     devices = sorted({str(json.loads(origin).get("device")) for origin in board.origins})

@@ -148,10 +148,11 @@ def benchmark(
         codes = {name: players.code_version(name) for name in {run["agent"] for run in runs}}
         if not mix:
             _check_codes(store, codes)
+        changes = plan.changes(before) if before is not None else []
         plan.save(out)
         done = store.finished()
         missing = [run for run in runs if run_key(run) not in done]
-        watcher.begin(len(runs), len(runs) - len(missing), plan.changes(before) if before else [])
+        watcher.begin(len(runs), len(runs) - len(missing), changes)
         failed = 0
         how: dict[str, Any] = {"device": device, "threads": threads, "timeout": timeout}
         events = (

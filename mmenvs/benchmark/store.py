@@ -137,16 +137,19 @@ class Store:
             raise ValueError(f"{str(self.path)!r} is damaged: {error}") from None
 
     def verify(self) -> None:
-        """Look whether all is whole that a report is made of.
+        """Look whether the file is whole: its pages, that its indexes have all rows, and that all text can be read.
+
+        What a row holds is looked at when it is read.
 
         Raises:
             ValueError: if it is damaged.
         """
-        for (found,) in self._select("PRAGMA quick_check(1)"):
+        for (found,) in self._select("PRAGMA integrity_check(1)"):
             if found != "ok":
                 raise ValueError(f"{str(self.path)!r} is damaged: {' '.join(found.split())}")
-        for _ in self.finals():
-            pass
+        for rows in (self._select("SELECT run, body, error FROM rows"), self.scores(), self.failures()):
+            for _ in rows:
+                pass
 
     def finished(self) -> set[str]:
         """The keys (:func:`mmenvs.benchmark.summary.run_key`) of the runs that have their last row."""
@@ -211,7 +214,7 @@ class Store:
 
     def _select(self, query: str, *values: str | int) -> Iterator[Any]:
         try:
-            # Not "yield from": that would close the cursor, which tells an error of the database again.
+            # Not "yield from": that would close the cursor, which the store may have been before.
             for row in self.database.execute(query, values):  # noqa: UP028
                 yield row
         except sqlite3.DatabaseError as error:

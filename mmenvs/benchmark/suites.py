@@ -51,7 +51,7 @@ class Suite:
         """The suite with another budget for every task or other evaluations, and a name that says so."""
         suite, notes = self, []
         if steps is not None:
-            integer_in("steps", steps, 1, 10**12)
+            integer_in("steps", steps, 1, 10**15)
             suite = replace(suite, tasks=tuple(replace(task, steps=steps) for task in suite.tasks))
             notes.append(count(steps, "step"))
         if episodes is not None:
