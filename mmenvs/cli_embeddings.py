@@ -123,7 +123,7 @@ def embed(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Embed a pool of scenes, or all of a data set, into a cache; the same command goes on after a stop."""
+    """Embed a pool of scenes, or all of a data set, into a cache for VectorEmbedObservation; the same command goes on after a stop."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from mmenvs import precompute
@@ -138,7 +138,7 @@ def embed(
         one_of("engine", engine, ("local", "ray"))
         if address is not None and engine != "ray":
             raise ValueError(f"address is for engine='ray', got {address!r} with engine={engine!r}")
-        check_out(out)
+        check_out(out, "cache")
         kwargs: dict[str, Any] = {"split": split, "difficulty": parse_difficulty(difficulty)}
         if image_size is not None:
             kwargs["image_size"] = image_size
@@ -231,6 +231,7 @@ def compare(
 ) -> None:
     """Compare embeddings by reward, episode length, stability and efficiency; the same command goes on."""
     from mmenvs.benchmark import compare as comparison
+    from mmenvs.benchmark.summary import count
 
     with user_errors():
         axes = {
@@ -263,8 +264,14 @@ def compare(
         except KeyboardInterrupt:
             typer.echo("stopped early; the same command goes on")
             raise typer.Exit(130) from None
+        failed = comparison.unfinished(grid, out)
     typer.echo(f"written: {out / 'report.html'}, {out / 'report.md'}")
     typer.echo("no configuration has a score on every task" if advice is None else str(advice))
+    if failed:
+        typer.echo(
+            f"{count(failed, 'run')} failed; the report says why, the same command tries again", err=True
+        )
+        raise typer.Exit(1)
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import gymnasium as gym
@@ -59,7 +60,8 @@ def load_and_check(task: str | type[Task], num_envs: int, text: str, kwargs: dic
         return cls(num_envs, **kwargs)
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
-            raise TypeError(f"{cls.__name__}: {error}; the arguments are listed in its docstring") from None
+            known = [name for name in inspect.signature(cls).parameters if name != "num_envs"]
+            raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(known)}") from None
         raise
 
 

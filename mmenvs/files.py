@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,17 @@ KINDS = {
     "comparison": "rows.jsonl",
     "benchmark": "results.sqlite",
     "search": "trials.sqlite",
+    "cache": "lock",
 }
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """12 hex digits that tell files of other names or contents apart."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]
 
 
 @contextmanager

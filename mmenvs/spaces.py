@@ -74,7 +74,7 @@ def modality_of(space: spaces.Space) -> Modality:
         ValueError: if no modality fits; name it in ``modalities={...}`` then.
     """
     if not isinstance(space, spaces.Box):
-        raise TypeError(f"modality_of needs a Box space, got {type(space).__name__}")
+        raise TypeError(f"an observation must be a Box space, got {type(space).__name__}")
     shape, dtype = space.shape, space.dtype
     if dtype == np.uint8 and len(shape) == 3 and 3 in (shape[0], shape[-1]):
         return "image"

@@ -250,7 +250,9 @@ def test_rows_come_back(tmp_path):
         curve = opened.curve(rows[0]["run"])
         assert [step for step, _ in curve] == [10, 25, 50, 75, 100]
         assert (
-            opened.codes() == {"abc": 5} and opened.codes("ppo") == {"abc": 5} and opened.codes("a2c") == {}
+            opened.codes() == {"abc": 5}
+            and opened.codes(agent="ppo") == {"abc": 5}
+            and opened.codes(agent="a2c") == {}
         )
         assert opened.database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert opened.database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL

@@ -251,6 +251,24 @@ def test_another_version_of_the_code_is_not_mixed_in(tiny, tmp_path, monkeypatch
         assert len(store.codes()) == 2
 
 
+def test_weights_from_elsewhere_are_code(tiny, tmp_path):
+    """Trained further, they are another embedding under the same name."""
+    weights = tmp_path / "joint" / "joint.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    plan = replace(tiny, embeddings=("cnn+concat", f"joint:{weights.parent}+concat"))
+    out = tmp_path / "out"
+    runner.benchmark(plan, out)
+    with Store(out) as store:
+        assert [len(store.codes(embedding=each)) for each in plan.embeddings] == [1, 1]
+        assert len(store.codes()) == 2
+    more = replace(plan, seeds=3)
+    runner.benchmark(more, out, resume=True)
+    weights.write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"rows of ppo, joint:.* come from another version of its files"):
+        runner.benchmark(replace(more, seeds=4), out, resume=True)
+
+
 def test_a_folder_with_results_needs_resume(tiny, tmp_path):
     runner.benchmark(tiny, tmp_path)
     with pytest.raises(ValueError, match="holds a benchmark: go on with --resume"):

@@ -45,7 +45,7 @@ def on_ray(cluster, agents, timeout=60.0, code=None, **change):
     from mmenvs.integrations import ray
 
     runs = [{**bench_runs.PLAN.runs()[-1], "agent": agent} for agent in agents]
-    codes = {agent: code or players.package_version() for agent in agents}
+    codes = {(run["agent"], run["embedding"]): code or players.package_version() for run in runs}
     settings = {**SETTINGS, "timeout": timeout, "address": cluster.address, "codes": codes, **change}
     return ray.run_all(runs, bench_runs.execute, **settings)
 

@@ -65,7 +65,7 @@ def test_command_and_other_files_of_the_same_name(model, tmp_path, monkeypatch):
     said = command("benchmark", "--suite", "tiny", "--policy", f"hf:{model}", "--device", "cpu", "--out", out)
     assert "4 runs, 0 of them done before" in said and f"difficulty 0: hf:{model}:" in said
     with Store(out) as store:
-        codes = store.codes(f"hf:{model}")
+        codes = store.codes(agent=f"hf:{model}")
     assert list(codes) == [f"{players.package_version()}+{players.policy_code(f'hf:{model}')}"]
     monkeypatch.setattr(players, "policy_code", lambda name: "other" if name.startswith("hf:") else "")
     assert "another version of its files" in command("benchmark", "--resume", out, code=2)

@@ -293,6 +293,19 @@ def test_corrupted_bytes_are_found_named_and_mended(tmp_path_factory, place, bit
     assert holds(EmbeddingCache(folder).section(ONE, 7), keys) == 10  # without a warning
 
 
+def test_files_of_others_stay(tmp_path):
+    section = EmbeddingCache(tmp_path).section(ONE, 7)
+    section.store(*some(2, 7))
+    section.cache.close()
+    theirs = tmp_path / ONE / "mine.shard"
+    theirs.write_text("something else")
+    (tmp_path / ONE / "folder.shard").mkdir()
+    cache = EmbeddingCache(tmp_path, budget_mb=1)
+    cache.section(ONE, 7).store(*some(40_000, 7, 1))  # more than the budget: the oldest go
+    cache.close()
+    assert theirs.read_text() == "something else" and (tmp_path / ONE / "folder.shard").is_dir()
+
+
 def test_another_embedding_is_refused(tmp_path):
     for fingerprint, dim in ((OTHER, 7), (ONE, 8)):
         cache = EmbeddingCache(tmp_path / "other")

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmenvs_agents import sb3
+from safetensors.torch import load_file, save_file
 from scipy.stats import trim_mean
 from typer.testing import CliRunner
 
@@ -281,6 +282,27 @@ def test_pretrained_models_are_compared(tmp_path):
     [candidate] = summarise([row]).candidates
     assert candidate.name == f"hf:{model} + gated" and not candidate.defaults
     assert f"hf:{model} + gated" in (tmp_path / "out" / "report.md").read_text()
+    # With other weights it would be another model under the same name.
+    weights = Path(model) / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: 1.5 * x for name, x in tensors.items()}, weights, {"format": "pt"})
+    command = [
+        "compare",
+        "--envs",
+        VQA,
+        "--embeddings",
+        embedding,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    assert f"the files of 'hf:{model}' are other ones than those of its rows" in run(*command, code=2)
+    # What can't be read is found before the first run.
+    weights.write_bytes(weights.read_bytes()[:1000])
+    command[-3] = tmp_path / "other"
+    assert f"can't load the weights of '{model}'" in run(*command, code=2)
+    assert not (tmp_path / "other" / "rows.jsonl").exists()
 
 
 def test_a_pretrained_model_is_the_encoder_of_what_it_reads(tmp_path):
@@ -371,6 +393,13 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     said = run("compare", *given, code=130)
     assert "stopped early; the same command goes on" in said
     assert len(trained(store.read(tmp_path))) == 1 and (tmp_path / "report.html").exists()
+
+
+def test_failed_runs_fail_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sb3, "make_agent", lambda *a, **k: 1 / 0)
+    given = ["--seeds", 2, "--steps", 64, "--episodes", 8, "--device", "cpu", "--out", tmp_path]
+    said = run("compare", "--envs", VQA, "--embeddings", "cnn+concat", *given, code=1)
+    assert "2 runs failed; the report says why, the same command tries again" in said
 
 
 def test_all_runs_failed(tmp_path, monkeypatch):
@@ -795,6 +824,8 @@ def test_wrong_budget(budget, message):
 def test_budget_that_is_no_mapping():
     with pytest.raises(TypeError, match=r"budget must be a mapping such as .* got 3"):
         recommend([synthetic()], budget=3)
+    with pytest.raises(TypeError, match=r"results must be a folder, rows\.jsonl or its rows, got None"):
+        recommend(None)
 
 
 # The report ----------------------------------------------------------------------------------------------

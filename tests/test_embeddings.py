@@ -247,7 +247,7 @@ SPACE = spaces.Dict({"image": modalities.image(32), "text": modalities.text(WORD
         ({"visible": "image"}, TypeError, "sequence of names"),
         ({"precision": "int8"}, ValueError, "bfloat16"),
         ({"width": 30}, ValueError, "multiple of"),
-        ({"width": 0}, ValueError, "width must be from 1"),
+        ({"width": 1}, ValueError, "width must be from 2"),
         ({"width": 2.5}, TypeError, "width must be an integer"),
         ({"encoders": "cnn"}, TypeError, "dict from names of the observation .image, text. .*got 'cnn'"),
         ({"encoders": ["cnn"]}, TypeError, "dict from names"),
@@ -256,6 +256,48 @@ SPACE = spaces.Dict({"image": modalities.image(32), "text": modalities.text(WORD
 def test_errors_name_what_is_allowed(arguments, error, words):
     with pytest.raises(error, match=words):
         Extractor(SPACE, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("space", "error", "words"),
+    [
+        ({}, ValueError, "must hold one observation at least"),
+        ({"a": spaces.Discrete(3)}, TypeError, r"observation_space\['a'\]: an observation must be a Box space, got Disc"),
+        ({"a": spaces.Box(0, 1, (2, 2, 2))}, ValueError, r"observation_space\['a'\]: no modality fits"),
+    ],
+)  # fmt: skip
+def test_spaces_that_nothing_encodes(space, error, words):
+    for make in (Extractor, Extractor.from_pretrained):
+        with pytest.raises(error, match=words):
+            make(spaces.Dict(space))
+
+
+@pytest.mark.parametrize("encoder", ["logmel_cnn", "shapes"])
+def test_sound_that_is_none(encoder):
+    """Whole numbers of 16 bits, as sound files have them, would be heard as noise."""
+    space = spaces.Dict({"sound": spaces.Box(-1.0, 1.0, (8000,), np.float32)})
+    extractor = Extractor(space, {"sound": encoder})
+    sound = torch.rand(2, 8000) * 2 - 1
+    assert extractor({"sound": sound}).shape == (2, 256)
+    whole = (sound * 32767).short()
+    for bad in (whole, whole.float(), sound * 1.5, torch.full((2, 8000), torch.nan)):
+        with pytest.raises(
+            ValueError, match=r"observation\['sound'\] must hold sound as floats from -1 to 1"
+        ):
+            extractor({"sound": bad})
+
+
+def test_what_is_no_observation_or_no_size():
+    extractor = Extractor(spaces.Dict({"vector": spaces.Box(0.0, 1.0, (3,), np.float32)}))
+    with pytest.raises(
+        TypeError, match="observation must be a mapping from names to batched tensors, got None"
+    ):
+        extractor(None)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="megabytes must be from 1"):
+            extractor.remember(size)
+    with pytest.raises(TypeError, match="megabytes must be an integer"):
+        extractor.remember("a")
 
 
 @pytest.mark.parametrize(

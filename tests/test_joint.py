@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mmenvs.cli import app
 from mmenvs.embeddings import Extractor, joint, load_embedding, pretraining
-from mmenvs.embeddings.joint import JointEmbedding, load_joint, save_joint
+from mmenvs.embeddings.joint import JointEmbedding, load_joint, named_joint, save_joint
 from mmenvs.embeddings.pretraining import (
     Pretraining,
     PretrainSettings,
@@ -123,6 +123,17 @@ def test_both_losses_reach_every_encoder(loss: str) -> None:
         name.split(".")[0] for name, value in run.model.state_dict().items() if not value.equal(before[name])
     }
     assert changed == {"image", "text", "audio", "pool"}
+
+
+def test_weights_that_are_not_finite_or_not_there(tmp_path: Path) -> None:
+    model = JointEmbedding()
+    next(model.parameters()).data.view(-1)[3] = float("nan")
+    save_joint(model, tmp_path / "joint.safetensors", {})
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        load_joint(tmp_path / "joint.safetensors")
+    for name in ("joint:", f"joint:{tmp_path / 'nothing'}"):
+        with pytest.raises(FileNotFoundError, match="names no joint embedding"):
+            named_joint(name)
 
 
 def test_saved_and_loaded_is_the_same_and_frozen(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mmenvs.cli import app
 from mmenvs.datasets import open_source
 from mmenvs.embeddings import EmbeddingCache
 from mmenvs.env import load_and_check
+from mmenvs.files import check_out
 from mmenvs.precompute import embed_parts, encode_items, parts_of
 from mmenvs.registry import SPECS, task_class
 from mmenvs.wrappers import Encoder, VectorEmbedObservation
@@ -228,7 +229,7 @@ def test_a_disk_that_is_full_is_an_error(tmp_path, computed):
         ([VQA, "--image-size", "33"], "image_size must be even"),
         ([VQA, "--output", "mean"], "output must be one of"),
         ([VQA, "--pool-size", "10000000"], "budget_mb=2048 is too small"),
-        ([VQA, "--set", "candidates=3"], "VQA: VQA.__init__() got an unexpected keyword argument 'candidates'"),
+        ([VQA, "--set", "candidates=3"], "VQA: VQA.__init__() got an unexpected keyword argument 'candidates'; it takes split, "),
         ([MATCHING, "--set", "candidates=9"], "candidates must be from 2 to 8, got 9"),
         ([MATCHING, "--set", "candidates"], "--set must be NAME=VALUE"),
         ([MATCHING, "--set", "split=val"], "split is given twice, or has an option of its own"),
@@ -239,6 +240,14 @@ def test_a_disk_that_is_full_is_an_error(tmp_path, computed):
 )  # fmt: skip
 def test_the_command_names_what_is_wrong(arguments, says, tmp_path):
     assert says in run(*arguments, "--out", tmp_path, code=2)
+
+
+def test_a_cache_is_not_mixed_with_other_results(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    assert "holds a comparison" in run(VQA, "--pool-size", 3, "--out", tmp_path, code=2)
+    run(VQA, "--pool-size", 3, "--out", tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"holds a cache \(lock\): choose another folder"):
+        check_out(tmp_path / "cache", "comparison")
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):

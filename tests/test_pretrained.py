@@ -753,8 +753,28 @@ def test_broken_and_foreign_weights_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="can't load the weights of"):
         build(str(path), "image")
     weights.write_bytes(Path(folder("image", "dinov2"), "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"the weights of .* lack \d+ tensors|can't load the weights"):
+    with pytest.raises(ValueError, match=r"the weights of .* lack \d+ tensors|don't fit its config.json"):
         build(str(path), "image")
+    weights.write_bytes(Path(folder("image", "vit"), "model.safetensors").read_bytes())
+    file = path / "config.json"
+    wide = json.loads(file.read_text())
+    size = wide["intermediate_size"]
+    file.write_text(json.dumps({**wide, "intermediate_size": 2 * size}))
+    with pytest.raises(ValueError, match=rf"don't fit .*shape \({size},\), .* it would be \({2 * size},\)"):
+        build(str(path), "image")
+
+
+def test_clip_projects_to_the_size_at_the_top(folder, tmp_path):
+    """As CLIPModel does; the towers' own configurations may say something else."""
+    path = copied(folder("image", "clip"), tmp_path / "model")
+    before = [build(str(path), modality).features(prepared(modality)) for modality in ("image", "text")]
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    for part in ("vision_config", "text_config"):
+        config[part]["projection_dim"] = 512
+    file.write_text(json.dumps(config))
+    after = [build(str(path), modality).features(prepared(modality)) for modality in ("image", "text")]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_adapters_remote_code_and_huge_files_are_refused(folder, tmp_path):

@@ -358,7 +358,7 @@ GOOD = {"image": nn.Flatten(2), "question": nn.Embedding(97, 4)}
         (
             lambda: load_embedding("shape", SPACE),
             ValueError,
-            "embedding must be one of 'shapes', got 'shape'",
+            "embedding must be 'shapes' or 'joint:DIR', got 'shape'; pretrained models",
         ),
         (
             lambda: load_embedding(3, SPACE),

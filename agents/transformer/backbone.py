@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mmenvs.embeddings.pretrained import add_lora
 from mmenvs.embeddings.pretrained_files import (
     LOADING_ERRORS,
-    SAFELY,
     check_folder,
     find_folder,
+    load_weights,
     loading,
     read_config,
 )
@@ -55,19 +55,15 @@ def load(chosen: Backbone) -> tuple[Any, Mapping[str, Any]]:
         raise ValueError(
             f"backbone must be a causal language model, {source!r} is of the type {config.model_type!r}"
         )
-    missing: list[str] = []
+    missing: set[str] = set()
     loader: Any = transformers.AutoModelForCausalLM
-    with loading(source, "weights"):
-        if chosen.config is None:
-            model, info = loader.from_pretrained(
-                folder,
-                **SAFELY,
-            )
-            missing = sorted(info["missing_keys"])
-        else:
+    if chosen.config is None:
+        model, missing = load_weights(loader, folder, source)
+    else:
+        with loading(source, "weights"):
             model = loader.from_config(config, dtype=torch.float32)
     if missing:
-        raise ValueError(f"the weights of {source!r} lack {len(missing)} tensors, such as {missing[0]!r}")
+        raise ValueError(f"the weights of {source!r} lack {len(missing)} tensors, such as {min(missing)!r}")
     written = json.loads(config.to_json_string(use_diff=False))
     return model.get_decoder(), {name: value for name, value in written.items() if name != "_name_or_path"}
 

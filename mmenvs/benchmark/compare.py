@@ -10,7 +10,7 @@ import inspect
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from mmenvs.benchmark.rows import Row
 from mmenvs.benchmark.summary import BASELINES, count, encoder_of, run_key, task_name
 from mmenvs.checks import integer_in, one_of
 from mmenvs.embeddings import ENCODERS, FUSIONS
-from mmenvs.embeddings.encoders import HUGGING_FACE, encoders_fitting
+from mmenvs.embeddings.encoders import HUGGING_FACE, build_encoder, encoders_fitting, weights_version
 from mmenvs.embeddings.joint import PREFIX
 from mmenvs.files import locked, out_folder
 from mmenvs.registry import task_class
@@ -216,7 +216,8 @@ def compare(
 
     Raises:
         ValueError, TypeError: for arguments that name nothing that exists, before any run.
-        ValueError: if another comparison is writing to ``out``, or it holds results of another kind.
+        ValueError: if another comparison is writing to ``out``, it holds results of another kind, or rows of an
+            embedding whose files have changed since.
     """
     runs = grid.runs()
     limits = check_budget({} if budget is None else budget)
@@ -227,11 +228,9 @@ def compare(
         torn = store.drop_torn(path)
         if torn:
             say(f"the last row was cut off while it was written ({torn} bytes): its run is done again")
-        done = (
-            {run_key(row["run"]) for row in store.read(path) if "error" not in row}
-            if path.exists()
-            else set()
-        )
+        there = [row for row in store.read(path) if "error" not in row] if path.exists() else []
+        versions = _check_weights(grid, there, path)
+        done = {run_key(row["run"]) for row in there}
         missing = [run for run in runs if run_key(run) not in done]
         say(f"{count(len(runs), 'run')}, {len(runs) - len(missing)} of them done before")
         for note in notes(grid):
@@ -252,7 +251,9 @@ def compare(
                 def tell(text: str, prefix: str = prefix) -> None:
                     say(prefix + text)
 
-                row = one_row(run, resolved, origin, tell)
+                version = versions[run["embedding"]]
+                about = {**origin, "weights": version} if version else origin
+                row = one_row(run, resolved, about, tell)
                 store.append(path, row)
                 result = row.get("error") or f"{row['scores']['test']['return']:.3f}"
                 say(f"{prefix}{result}  ({time.perf_counter() - begin:.0f} s)")
@@ -262,6 +263,37 @@ def compare(
                 report.write(store.read(path), out, limits)
     rows = store.read(path)
     return recommend(rows, limits) if report.summarise(rows).candidates else None
+
+
+def unfinished(grid: Grid, out: Path) -> int:
+    """How many runs of ``grid`` have no row with scores in ``out``."""
+    done = {run_key(row["run"]) for row in store.read(out) if "error" not in row}
+    return sum(run_key(run) not in done for run in grid.runs())
+
+
+def _check_weights(grid: Grid, there: Sequence[Row], path: Path) -> dict[str, str]:
+    """Load what embeddings from elsewhere consist of, once, and look whether it is what it was.
+
+    Args:
+        there: rows of runs that are done.
+
+    Returns:
+        For each embedding a hash of its files, empty for what this package has.
+    """
+    versions = {embedding: weights_version(encoder_of(embedding)) for embedding in grid.embeddings}
+    for embedding, version in versions.items():
+        for row in there:
+            before = row.get("provenance", {}).get("weights", version)
+            if row["run"].get("embedding") == embedding and before != version:
+                raise ValueError(
+                    f"the files of {encoder_of(embedding)!r} are other ones than those of its rows in {str(path)!r}: "
+                    "choose another --out, or give them a folder of their own"
+                )
+        for id in grid.envs if version else ():
+            space = space_of(id, {})
+            for name, encoder in encoders_fitting(encoder_of(embedding), space).items():
+                build_encoder(name, modality_of(space[name]), space[name], encoder, width=64)
+    return versions
 
 
 def one_row(run: Run, device: str, origin: Mapping[str, Any], tell: Callable[[str], Any]) -> Row:

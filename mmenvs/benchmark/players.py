@@ -17,6 +17,9 @@ import gymnasium as gym
 
 from mmenvs.benchmark.summary import BASELINES, encoder_of
 from mmenvs.checks import one_of
+from mmenvs.embeddings import FUSIONS
+from mmenvs.embeddings.encoders import weights_version
+from mmenvs.files import content_hash
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
 
@@ -169,12 +172,8 @@ def policy_class(name: str) -> Any:
 def policy_code(name: str) -> str:
     """A hash of the module of ``policy:module:Class``, or of the files of ``hf:model``; empty for other agents."""
     if name.startswith(VLM):
-        found = hashlib.sha256()
-        for path in sorted(_vlm().find_model(name.removeprefix(VLM)).iterdir()):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return found.hexdigest()[:12]
+        folder = _vlm().find_model(name.removeprefix(VLM))
+        return content_hash(path for path in folder.iterdir() if path.is_file())
     if not name.startswith(POLICY):
         return ""
     spec = importlib.util.find_spec(name.removeprefix(POLICY).partition(":")[0])
@@ -193,9 +192,14 @@ def package_version() -> str:
     return found.hexdigest()[:12]
 
 
-def code_version(agent: str) -> str:
-    """The version of the code that an agent's scores come from; with that of a module from elsewhere."""
-    own = policy_code(agent)
+def code_version(agent: str, embedding: str = "") -> str:
+    """The version of the code that an agent's scores come from; with that of a module or weights from elsewhere.
+
+    Args:
+        agent, embedding: of a run.
+    """
+    encoder, _, fusion = embedding.rpartition("+")
+    own = policy_code(agent) or weights_version(encoder if fusion in FUSIONS else embedding)
     return f"{package_version()}+{own}" if own else package_version()
 
 

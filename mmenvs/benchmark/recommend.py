@@ -90,6 +90,8 @@ def recommend(
     limits = check_budget({} if budget is None else budget)
     if isinstance(results, str | os.PathLike):
         rows = store.read(Path(results))
+    elif not isinstance(results, Iterable):
+        raise TypeError(f"results must be a folder, rows.jsonl or its rows, got {results!r}")
     else:
         rows = [store.check(row) for row in results]
     summary = summarise(rows)

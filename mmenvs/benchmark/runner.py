@@ -145,7 +145,8 @@ def benchmark(
             )
         store.verify()
         origin = provenance(device)
-        codes = {name: players.code_version(name) for name in {run["agent"] for run in runs}}
+        kinds = {(run["agent"], run["embedding"]) for run in runs}
+        codes = {kind: players.code_version(*kind) for kind in kinds}
         if not mix:
             _check_codes(store, codes)
         changes = plan.changes(before) if before is not None else []
@@ -168,7 +169,7 @@ def benchmark(
                 about = {
                     **origin,
                     **event.machine,
-                    "code": codes[event.run["agent"]],
+                    "code": codes[event.run["agent"], event.run["embedding"]],
                     "threads": threads,
                     "written": time.time(),
                 }
@@ -185,8 +186,8 @@ def benchmark(
     return failed
 
 
-def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
-    """Refuse to add to rows of another version: of the package, or of a policy of one's own."""
+def _check_codes(store: Store, codes: Mapping[tuple[str, str], str]) -> None:
+    """Refuse to add to rows of another version: of the package, a policy of one's own, or weights from elsewhere."""
     now = {code.partition("+")[0] for code in codes.values()}
     there = {code: number for code, number in store.codes().items() if code.partition("+")[0] not in now}
     if there:
@@ -195,11 +196,10 @@ def _check_codes(store: Store, codes: Mapping[str, str]) -> None:
             f"({', '.join(there)}; this is {', '.join(now)}): go back to it, choose another folder, "
             "or say --mix to have both in one report, which will say so"
         )
-    for name, code in codes.items():
-        if name.startswith((players.POLICY, players.VLM)):
-            changed = store.codes(name).keys() - {code}
-            if changed:
-                raise ValueError(
-                    f"rows of {name} in {str(store.path)!r} come from another version of its files: "
-                    "choose another folder, or say --mix"
-                )
+    for (agent, embedding), code in codes.items():
+        if "+" in code and store.codes(agent=agent, embedding=embedding).keys() - {code}:
+            name = ", ".join(part for part in (agent, embedding) if part)
+            raise ValueError(
+                f"rows of {name} in {str(store.path)!r} come from another version of its files: "
+                "choose another folder, or say --mix"
+            )

@@ -155,12 +155,15 @@ class Store:
         """The keys (:func:`mmenvs.benchmark.summary.run_key`) of the runs that have their last row."""
         return {key for (key,) in self._select("SELECT run FROM rows WHERE final AND error IS NULL")}
 
-    def codes(self, agent: str | None = None) -> dict[str, int]:
-        """How many rows, errors left out, of an agent or of all come from each version of the code."""
-        query = "SELECT code, count(*) FROM rows WHERE error IS NULL {} GROUP BY code"
-        if agent is None:
-            return dict(self._select(query.format("")))
-        return dict(self._select(query.format("AND json_extract(run, '$.agent') = ?"), agent))
+    def codes(self, **of: str) -> dict[str, int]:
+        """How many rows, errors left out, come from each version of the code.
+
+        Args:
+            **of: what their run must hold, such as ``agent="ppo"``.
+        """
+        where = "".join(f" AND json_extract(run, '$.{key}') = ?" for key in of)
+        query = f"SELECT code, count(*) FROM rows WHERE error IS NULL{where} GROUP BY code"
+        return dict(self._select(query, *of.values()))
 
     def scores(self) -> Iterator[tuple[int, dict[str, Any], float]]:
         """Number, run and score of the last row of each run, oldest first; without reading the rows themselves."""

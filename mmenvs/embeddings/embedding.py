@@ -281,8 +281,11 @@ def load_embedding(
         return embedding
     names = tuple(observation_space.spaces)
     if isinstance(embedding, str):
-        if not embedding.startswith(PREFIX):
-            one_of("embedding", embedding, NAMES)
+        if not embedding.startswith(PREFIX) and embedding not in NAMES:
+            raise ValueError(
+                f"embedding must be {', '.join(map(repr, NAMES))} or '{PREFIX}DIR', got {embedding!r}; pretrained models "
+                "and other encoders by name go into an Extractor, which may stand here"
+            )
         return _joint(embedding, observation_space, output, precision)
     if isinstance(embedding, Extractor):
         _same_spaces(embedding, observation_space)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from mmenvs.embeddings.audio import LogMelEncoder
 from mmenvs.embeddings.image import ConvEncoder, ViTEncoder
-from mmenvs.embeddings.joint import PREFIX, ShapesEncoder
+from mmenvs.embeddings.joint import PREFIX, ShapesEncoder, joint_file
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.embeddings.text import GRUEncoder, TransformerTextEncoder, WordEncoder
 from mmenvs.embeddings.video import FrameEncoder, ViTFrameEncoder
+from mmenvs.files import content_hash
 from mmenvs.spaces import Modality, modality_of
 
 HUGGING_FACE = "hf:"  # marks the name or folder of a pretrained model among the names of our encoders
@@ -88,6 +89,22 @@ def encoders_fitting(encoder: str, observation_space: spaces.Dict) -> dict[str, 
         return {name: encoder for name, modality in modalities.items() if model.fits(modality)}
     known = "shapes" if encoder.startswith(PREFIX) else encoder
     return {name: encoder for name, modality in modalities.items() if known in ENCODERS[modality]}
+
+
+def weights_version(encoder: str) -> str:
+    """A hash of the files behind ``"joint:PATH"`` or ``"hf:NAME_OR_FOLDER"``; empty for other encoders.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    if encoder.startswith(PREFIX):
+        return content_hash([joint_file(encoder)])
+    if encoder.startswith(HUGGING_FACE):
+        from mmenvs.embeddings.pretrained_files import find_folder
+
+        folder = find_folder(encoder.removeprefix(HUGGING_FACE), False)
+        return content_hash(path for path in folder.iterdir() if path.is_file())
+    return ""
 
 
 def build_encoder(

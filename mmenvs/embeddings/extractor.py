@@ -22,7 +22,7 @@ from mmenvs.spaces import Modality, channels_last, modality_of
 from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
-_ROUNDING = 1e-3  # that float pictures may lie beyond [0, 1]
+_ROUNDING = 1e-3  # that float pictures may lie beyond [0, 1], sounds beyond [-1, 1]
 # Keywords of Extractor.from_pretrained: those of modalities, and those that it hands on.
 _OTHERS = ("features_dim", "width", "precision", "visible")
 MODALITIES: dict[str, Modality] = {"image": "image", "text": "text", "audio": "audio", "video": "images"}
@@ -67,7 +67,9 @@ class Extractor(nn.Module):
         if not isinstance(observation_space, spaces.Dict):
             raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
         integer_in("features_dim", features_dim, 1, 2**20)
-        integer_in("width", width, 1, 2**20)
+        if not observation_space.spaces:
+            raise ValueError("observation_space must hold one observation at least, got an empty Dict")
+        integer_in("width", width, 2, 2**20)
         if encoders is not None and not isinstance(encoders, Mapping):
             raise TypeError(
                 f"encoders must be a dict from names of the observation ({', '.join(observation_space.spaces)}) "
@@ -87,7 +89,7 @@ class Extractor(nn.Module):
         self.encoders = nn.ModuleDict()
         self._lengths: dict[str, int] = {}
         for name, part in observation_space.spaces.items():
-            modality = modalities[name] if name in modalities else modality_of(part)
+            modality = modalities[name] if name in modalities else _modality_of(name, part)
             if modality not in ENCODERS:
                 raise ValueError(
                     f"modalities[{name!r}] must be one of {', '.join(ENCODERS)}, got {modality!r}"
@@ -149,7 +151,7 @@ class Extractor(nn.Module):
         if not isinstance(observation_space, spaces.Dict):
             raise TypeError(f"observation_space must be a Dict space, got {type(observation_space).__name__}")
         found = {
-            name: (modalities or {}).get(name) or modality_of(part)
+            name: (modalities or {}).get(name) or _modality_of(name, part)
             for name, part in observation_space.spaces.items()
         }
         given = {"image": image, "text": text, "audio": audio, "video": video}
@@ -184,6 +186,7 @@ class Extractor(nn.Module):
         Args:
             megabytes: of results, at most, for each frozen encoder; the oldest give way.
         """
+        integer_in("megabytes", megabytes, 1, 2**20)
         for encoder in self.encoders.values():
             if isinstance(encoder, ShapesEncoder | PretrainedEncoder):
                 encoder.recall = Recall(megabytes)
@@ -222,6 +225,10 @@ class Extractor(nn.Module):
             missing: names that are missing in every row. They needn't be given; their encoders don't run, their
                 tokens are zeros and their masks False.
         """
+        if not isinstance(observation, Mapping):
+            raise TypeError(
+                f"observation must be a mapping from names to batched tensors, got {type(observation).__name__}"
+            )
         absent = self._missing(missing)
         present = [name for name in self.encoders if name not in absent]
         for name in present:
@@ -273,6 +280,13 @@ class Extractor(nn.Module):
                 raise ValueError(
                     f"observation[{name!r}] must hold pictures as uint8, or as floats from 0 to 1, got {x.dtype} "
                     f"from {low:.4g} to {high:.4g}"
+                )
+        if self.modalities[name] == "audio":
+            # On a GPU to look at the numbers would be to wait for it.
+            low, high = (float(end) for end in x.aminmax()) if x.is_cpu else (0.0, 0.0)
+            if not (x.is_floating_point() and low >= -1 - _ROUNDING and high <= 1 + _ROUNDING):
+                raise ValueError(
+                    f"observation[{name!r}] must hold sound as floats from -1 to 1, got {x.dtype} from {low:.4g} to {high:.4g}"
                 )
         # On a GPU it would wait for the device, which refuses them by itself.
         if self.modalities[name] == "text" and x.is_cpu and x.numel():
@@ -341,6 +355,13 @@ def prepared(x: Tensor, modality: Modality, space: spaces.Box) -> Tensor:
 def extractor_in(policy: nn.Module) -> Extractor | None:
     """The extractor that acts: algorithms keep it in different places, and some another for their targets."""
     return next((module for module in policy.modules() if isinstance(module, Extractor)), None)
+
+
+def _modality_of(name: str, space: spaces.Space) -> Modality:
+    try:
+        return modality_of(space)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"observation_space[{name!r}]: {error}") from None
 
 
 def _known_names(argument: str, given: Iterable[str], known: Iterable[str]) -> None:

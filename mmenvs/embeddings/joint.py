@@ -152,6 +152,9 @@ def load_joint(path: Path | str) -> tuple[JointEmbedding, dict[str, Any]]:
                 model = JointEmbedding(JointConfig(**json.loads(metadata["config"])))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             card = json.loads(metadata["card"])
+            broken = [name for name, x in model.state_dict().items() if not torch.isfinite(x).all()]
+            if broken:
+                raise ValueError(f"{broken[0]} holds numbers that are not finite")
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{str(path)!r} is no joint embedding of this version: {type(error).__name__}: {error}"
@@ -167,10 +170,20 @@ def load_shapes() -> JointEmbedding:
 
 def named_joint(name: str) -> JointEmbedding:
     """The joint embedding of a name: ``"shapes"``, or ``"joint:PATH"`` with what ``mmenvs pretrain`` left there."""
-    if not name.startswith(PREFIX):
-        return load_shapes()
-    path = Path(name.removeprefix(PREFIX))
-    return load_joint(path / FILE if path.is_dir() else path)[0]
+    return load_joint(joint_file(name))[0] if name.startswith(PREFIX) else load_shapes()
+
+
+def joint_file(name: str) -> Path:
+    """The file that ``"joint:PATH"`` names.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    text = name.removeprefix(PREFIX)
+    path = Path(text) / FILE if Path(text).is_dir() else Path(text)
+    if not text or not path.is_file():
+        raise FileNotFoundError(f"{name!r} names no joint embedding: 'mmenvs pretrain' leaves a {FILE}")
+    return path
 
 
 def weights_hash(joint: JointEmbedding) -> str:

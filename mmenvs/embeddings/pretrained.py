@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import check_flag, integer_in, one_of
 from mmenvs.embeddings.recall import Recall
 from mmenvs.spaces import Modality
 from mmenvs.text import Vocabulary
@@ -49,7 +49,7 @@ class Pretrained:
         local_files_only: don't look for the model in the network.
 
     Raises:
-        ValueError: a value that isn't allowed.
+        ValueError, TypeError: a value that isn't allowed.
     """
 
     source: str
@@ -65,6 +65,8 @@ class Pretrained:
             raise TypeError(f"source must be a name at Hugging Face or a folder, got {self.source!r}")
         one_of("train", self.train, ("frozen", "full", "lora"))
         one_of("output", self.output, OUTPUTS)
+        for name in ("gradient_checkpointing", "compile", "local_files_only"):
+            check_flag(name, getattr(self, name))
         if self.vocabulary is not None and not isinstance(self.vocabulary, Vocabulary):
             raise TypeError(f"vocabulary must be an mmenvs.text.Vocabulary, got {self.vocabulary!r}")
         if self.gradient_checkpointing and self.train == "frozen":

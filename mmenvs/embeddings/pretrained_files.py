@@ -63,6 +63,7 @@ SAFELY: dict[str, Any] = {
     "local_files_only": True,
     "trust_remote_code": False,
     "output_loading_info": True,
+    "ignore_mismatched_sizes": True,  # told with their shapes by load_model
 }
 LOADING_ERRORS = (
     OSError,
@@ -179,6 +180,27 @@ def kinds_of(config: transformers.PreTrainedConfig, source: str) -> tuple[Kind, 
     return cast(tuple[Kind, ...], (kinds,) if isinstance(kinds, str) else tuple(kinds))
 
 
+def load_weights(loader: Any, folder: Path, source: str, **chosen: Any) -> tuple[Any, set[str]]:
+    """A model with its weights in float32, and the names of those that its files lack.
+
+    Args:
+        loader: class with ``from_pretrained``.
+        chosen: further arguments of it.
+
+    Raises:
+        ValueError: if the weights can't be read, or have other shapes than the configuration says.
+    """
+    with loading(source, "weights"):
+        model, info = loader.from_pretrained(folder, **chosen, **SAFELY)
+    if info["mismatched_keys"]:
+        name, found, needed = min(info["mismatched_keys"])
+        raise ValueError(
+            f"the weights of {source!r} don't fit its config.json: {name!r} has shape {tuple(found)}, by the "
+            f"configuration it would be {tuple(needed)}"
+        )
+    return model, set(info["missing_keys"])
+
+
 def load_model(
     folder: Path, source: str, config: transformers.PreTrainedConfig, kind: Kind
 ) -> tuple[nn.Module, bool]:
@@ -188,21 +210,21 @@ def load_model(
         ValueError: if the weights don't belong to the configuration.
     """
     tower = TOWERS.get((config.model_type, kind))
-    loader = getattr(transformers, tower) if tower else transformers.AutoModel
-    with loading(source, "weights"):
-        model, info = loader.from_pretrained(
-            folder,
-            **SAFELY,
-        )
+    loader: Any = getattr(transformers, tower) if tower else transformers.AutoModel
+    chosen: dict[str, Any] = {}
+    if tower and loader.config_class is not type(config) and hasattr(config, "projection_dim"):
+        # The whole model projects to the size that stands at the top, whatever its towers say.
+        part = loader.config_class.from_pretrained(folder, local_files_only=True)
+        part.projection_dim = config.projection_dim
+        chosen["config"] = part
+    model, missing = load_weights(loader, folder, source, **chosen)
     # Classifiers are saved without the pooling layer of the bare model; we do without it then.
-    poolers = {name for name in info["missing_keys"] if "pooler." in name}
+    poolers = {name for name in missing if "pooler." in name}
     if config.is_encoder_decoder:
         model = model.get_encoder()
-        lacking = {
-            name for name in info["missing_keys"] if name.removeprefix("encoder.") in model.state_dict()
-        }
+        lacking = {name for name in missing if name.removeprefix("encoder.") in model.state_dict()}
     else:
-        lacking = set(info["missing_keys"]) - poolers
+        lacking = missing - poolers
     if lacking:
         raise ValueError(
             f"the weights of {source!r} lack {len(lacking)} tensors of a {type(model).__name__}, such as "

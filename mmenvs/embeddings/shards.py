@@ -24,6 +24,7 @@ rebuilding.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import time
 import warnings
@@ -41,6 +42,7 @@ MAGIC = b"MMRLEMB1"
 FLOAT32 = 1
 HEADER = struct.Struct("<8sII32sQQ")
 SUFFIX = ".shard"
+_NAME = re.compile(r"\d{20}-\d+\.shard")  # see new_path
 MAX_DIM = 2**22
 Records = npt.NDArray[np.float32]  # (n, floats of a record); a view of their bytes
 
@@ -202,14 +204,14 @@ def new_path(folder: Path) -> Path:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """Shards of a folder of one embedding, the oldest first."""
-    return sorted(folder.glob(f"*{SUFFIX}"))
+    """Shards of a folder of one embedding, the oldest first; files of other names are not ours."""
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(path.name))
 
 
 def total_bytes(root: Path) -> dict[Path, int]:
     """The size of every shard of a cache."""
     sizes: dict[Path, int] = {}
-    for path in root.glob(f"*/*{SUFFIX}"):
+    for path in (path for folder in root.glob("*/") for path in shards_in(folder)):
         try:
             sizes[path] = path.stat().st_size
         except FileNotFoundError:

@@ -120,7 +120,7 @@ def run_all(
     runs: Sequence[Mapping[str, Any]],
     execute: Execute,
     *,
-    codes: Mapping[str, str],
+    codes: Mapping[tuple[str, str], str],
     device: str,
     threads: int,
     timeout: float,
@@ -134,7 +134,7 @@ def run_all(
 
     Args:
         runs, execute, device, threads, timeout: as for the pool; a run takes ``threads`` processors.
-        codes: version of the code (:func:`mmenvs.benchmark.players.code_version`) of each agent; where a machine
+        codes: version of the code (:func:`mmenvs.benchmark.players.code_version`) of each agent and embedding; where a machine
             has another one, the run fails.
         gpus: share of a GPU that a run on ``"cuda"`` takes; at most 1, or several whole ones.
         address: as for :func:`on_ray`.
@@ -156,7 +156,9 @@ def run_all(
         variables = dict.fromkeys(THREADS, str(threads))
         remote = ray.remote(_execute).options(max_retries=0, runtime_env={"env_vars": variables}, **needed)
         waiting = {
-            remote.remote(execute, dict(run), device, codes[run["agent"]], board, number): number
+            remote.remote(
+                execute, dict(run), device, codes[run["agent"], run["embedding"]], board, number
+            ): number
             for number, run in enumerate(runs)
         }
         begun: dict[int, float] = {}
@@ -224,7 +226,7 @@ def _execute(
         board.tell.remote(number, share, score)
 
     tell(0.0, None)  # it has begun
-    here = code_version(run["agent"])
+    here = code_version(run["agent"], run["embedding"])
     if here != code:
         message = (
             f"machine {socket.gethostname()!r} has another version of the code: {here} in place of {code}"
