@@ -285,6 +285,8 @@ def test_sound_that_is_none(encoder):
             ValueError, match=r"observation\['sound'\] must hold sound as floats from -1 to 1"
         ):
             extractor({"sound": bad})
+    loud = spaces.Dict({"sound": spaces.Box(-np.inf, np.inf, (8000,), np.float32)})
+    assert torch.isfinite(Extractor(loud, modalities={"sound": "audio"})({"sound": 9 * sound})).all()
 
 
 def test_what_is_no_observation_or_no_size():

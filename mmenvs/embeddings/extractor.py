@@ -22,7 +22,7 @@ from mmenvs.spaces import Modality, channels_last, modality_of
 from mmenvs.text import Vocabulary
 
 Precision = Literal["float32", "bfloat16"]
-_ROUNDING = 1e-3  # that float pictures may lie beyond [0, 1], sounds beyond [-1, 1]
+_ROUNDING = 1e-3  # that float pictures may lie beyond [0, 1], sounds beyond the space
 # Keywords of Extractor.from_pretrained: those of modalities, and those that it hands on.
 _OTHERS = ("features_dim", "width", "precision", "visible")
 MODALITIES: dict[str, Modality] = {"image": "image", "text": "text", "audio": "audio", "video": "images"}
@@ -283,10 +283,11 @@ class Extractor(nn.Module):
                 )
         if self.modalities[name] == "audio":
             # On a GPU to look at the numbers would be to wait for it.
-            low, high = (float(end) for end in x.aminmax()) if x.is_cpu else (0.0, 0.0)
-            if not (x.is_floating_point() and low >= -1 - _ROUNDING and high <= 1 + _ROUNDING):
+            lowest, highest = float(space.low.min()), float(space.high.max())
+            low, high = (float(end) for end in x.aminmax()) if x.is_cpu else (lowest, highest)
+            if not (x.is_floating_point() and low >= lowest - _ROUNDING and high <= highest + _ROUNDING):
                 raise ValueError(
-                    f"observation[{name!r}] must hold sound as floats from -1 to 1, got {x.dtype} from {low:.4g} to {high:.4g}"
+                    f"observation[{name!r}] must hold sound as floats from {lowest:g} to {highest:g}, got {x.dtype} from {low:.4g} to {high:.4g}"
                 )
         # On a GPU it would wait for the device, which refuses them by itself.
         if self.modalities[name] == "text" and x.is_cpu and x.numel():
