@@ -63,7 +63,7 @@ SAFELY: dict[str, Any] = {
     "local_files_only": True,
     "trust_remote_code": False,
     "output_loading_info": True,
-    "ignore_mismatched_sizes": True,  # told with their shapes by load_model
+    "ignore_mismatched_sizes": True,  # told with their shapes by load_weights
 }
 LOADING_ERRORS = (
     OSError,
@@ -214,7 +214,8 @@ def load_model(
     chosen: dict[str, Any] = {}
     if tower and loader.config_class is not type(config) and hasattr(config, "projection_dim"):
         # The whole model projects to the size that stands at the top, whatever its towers say.
-        part = loader.config_class.from_pretrained(folder, local_files_only=True)
+        with loading(source, "configuration"):
+            part = loader.config_class.from_pretrained(folder, local_files_only=True)
         part.projection_dim = config.projection_dim
         chosen["config"] = part
     model, missing = load_weights(loader, folder, source, **chosen)
