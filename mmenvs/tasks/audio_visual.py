@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
-from numba import njit
 
 from mmenvs import spaces as modalities
 from mmenvs.checks import check_image_size, check_seconds, integer_in
 from mmenvs.tasks.base import Rows, Task
 from mmenvs.world import render, scene, sound
+from mmenvs.world.kernels import kernel
 from mmenvs.world.random import below
 from mmenvs.world.scene import Level, Scenes, held_out
 from mmenvs.world.words import VOCABULARY
@@ -183,7 +183,7 @@ class AudioVisualMatching(Task):
         return panel(list(out["images"][row]), lines, audio=out["audio"][row], marks=marks)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sample_rows(
     scenes: Scenes, target, rows, streams, level: Level, split: int, difficulty: int, candidates: int
 ) -> None:
@@ -215,7 +215,7 @@ def sample_rows(
         target[i] = below(streams, i, candidates)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _all_objects_differ(scenes, first, candidates, streams, row, level, split):
     for k in range(candidates):
         while True:
@@ -225,7 +225,7 @@ def _all_objects_differ(scenes, first, candidates, streams, row, level, split):
                 break
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _one_object_differs(scenes, first, candidates, streams, row, level, split, one_attribute):
     """Draw objects that all candidates share, and a different one in the same place of the reading order."""
     count = scenes.count[first]
@@ -245,7 +245,9 @@ def _one_object_differs(scenes, first, candidates, streams, row, level, split, o
             scene.sample_object(scenes, first, place, streams, row, level, False)
 
     for k in range(1, candidates):
-        scenes.attributes[first + k, :count] = scenes.attributes[first, :count]
+        for o in range(count):
+            for a in range(4):
+                scenes.attributes[first + k, o, a] = scenes.attributes[first, o, a]
     for k in range(candidates):
         while True:
             if one_attribute:
@@ -266,7 +268,7 @@ def _one_object_differs(scenes, first, candidates, streams, row, level, split, o
                 break
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _allowed(scenes, i, k, attribute, split):
     """How many values of its shape (0) or colour (1) object ``k`` of scene ``i`` may take in the split."""
     if split == 3:
@@ -279,7 +281,7 @@ def _allowed(scenes, i, k, attribute, split):
     return allowed
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sounds_new(scenes, first, k):
     """Whether candidate ``k`` differs from the earlier ones in what is heard: its objects in reading order."""
     for other in range(first, first + k):

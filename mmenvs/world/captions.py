@@ -22,6 +22,7 @@ import numpy.typing as npt
 from numba import njit, uint64
 
 from mmenvs.text import END, PAD
+from mmenvs.world.kernels import kernel
 from mmenvs.world.random import below, hash2
 from mmenvs.world.scene import COLOURS, MAX_OBJECTS, SHAPES, SIZES, TEXTURES, Level, Scenes
 from mmenvs.world.words import FIRST_COLOUR, FIRST_SHAPE, FIRST_SIZE, FIRST_TEXTURE, VOCABULARY
@@ -76,7 +77,7 @@ def _tell_object(scenes, i, k, textures, out, at):
     return at
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tell_rows(scenes: Scenes, rows, textures: int, out) -> None:
     """Write the canonical captions of scenes ``rows``, with the end token, into ``out[j]``."""
     for j in range(rows.size):
@@ -235,7 +236,7 @@ def _expected(words: list[int], at: int, what: str, end: bool = True) -> ValueEr
 # ---------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def scan(ids, mentions, relations):
     """Read any sequence of words leniently.
 
@@ -283,7 +284,7 @@ def _agrees(mention, scenes, i, k):
     return fits
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _relation_right(scenes, i, first, relation, second):
     """Whether two different objects that fit the two mentions stand in the relation."""
     for a in range(scenes.count[i]):

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from numba import njit
 
 from mmenvs.world import scene as world
+from mmenvs.world.kernels import kernel
 from mmenvs.world.random import below
 from mmenvs.world.words import FIRST_COLOUR, FIRST_PLURAL, FIRST_SHAPE, FIRST_SIZE, FIRST_TEXTURE, VOCABULARY
 
@@ -114,7 +115,7 @@ def _say_object(words, q, w, description, noun, plural):
     return w + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def say(questions, q, streams, row):
     """Put question ``q`` into words, with a phrasing drawn from the stream."""
     words = questions.words
@@ -150,7 +151,7 @@ def say(questions, q, streams, row):
         words[q, t] = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_rows(words: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], streams) -> None:
     """Draw ``words[i]``, words that tell nothing, for each of ``rows``."""
     for j in range(rows.size):

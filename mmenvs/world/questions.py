@@ -13,6 +13,7 @@ import numpy.typing as npt
 from numba import njit
 
 from mmenvs.world import scene as world
+from mmenvs.world.kernels import kernel
 from mmenvs.world.phrasings import LENGTH, say, value_of
 from mmenvs.world.random import below
 from mmenvs.world.scene import Level, Scenes, held_out, values_of
@@ -206,7 +207,7 @@ def _place_counts(scenes, i, d1, d2, first, second, streams, row, level):
                     scenes.attributes[i, k, a] = below(streams, row, values_of(level, a))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _fit(scenes, i, questions, q, streams, row, level, split):
     """Draw the arguments of question ``q`` and bend scene ``i`` towards its answer; False if it can't be."""
     kind, wanted = questions.type[q], questions.answer[q]
@@ -306,7 +307,7 @@ def _fit(scenes, i, questions, q, streams, row, level, split):
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ask_rows(scenes: Scenes, questions: Questions, rows, streams, level: Level, split: int) -> None:
     """Draw a scene of the split and a question about it for each of ``rows``."""
     for j in range(rows.size):

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint64
 
+from mmenvs.world.kernels import kernel
+
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
@@ -60,7 +62,7 @@ def words(count: int, key: int) -> npt.NDArray[np.uint64]:
     return out
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def start(
     streams: npt.NDArray[np.uint64],
     rows: npt.NDArray[np.int64],
@@ -74,7 +76,7 @@ def start(
         streams[i] = hash2(hash2(hash2(uint64(split), seeds[i]), uint64(episodes[i])), uint64(1))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def start_pool(
     streams: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64], split: int, indices: npt.NDArray[np.int64]
 ) -> None:
@@ -84,7 +86,7 @@ def start_pool(
         streams[i] = hash2(hash2(uint64(split), uint64(indices[i])), uint64(2))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def below_rows(
     streams: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64], n: int, out: npt.NDArray[np.int64]
 ) -> None:
@@ -93,7 +95,7 @@ def below_rows(
         out[rows[j]] = below(streams, rows[j], n)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def choose_rows(
     streams: npt.NDArray[np.uint64],
     rows: npt.NDArray[np.int64],

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint64
 
+from mmenvs.world.kernels import kernel
 from mmenvs.world.random import below, draw, mix, uniform
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
@@ -188,7 +189,7 @@ def finish(scenes: Scenes, i: int, streams, row: int, level: Level) -> None:
     scenes.noise_key[i] = draw(streams, row)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sample(scenes: Scenes, i: int, streams, row: int, level: Level, split: int) -> None:
     """Draw scene ``i`` of the split from stream ``row``."""
     while True:
@@ -200,7 +201,7 @@ def sample(scenes: Scenes, i: int, streams, row: int, level: Level, split: int) 
     finish(scenes, i, streams, row, level)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sample_rows(scenes: Scenes, rows, streams, level: Level, split: int) -> None:
     """Draw scenes ``rows``, each from the stream of its own row."""
     for j in range(rows.size):

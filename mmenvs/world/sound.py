@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, uint64
+from numba import uint64
 
 from mmenvs.spaces import SAMPLE_RATE
+from mmenvs.world.kernels import kernel
 from mmenvs.world.random import hash2, words
 from mmenvs.world.scene import COLOURS, SHAPES, TEXTURES, Scenes
 
@@ -83,7 +84,7 @@ def _noise() -> npt.NDArray[np.float32]:
     return ((total - 2 * 65535) / (65536 * np.sqrt(1 / 3))).astype(np.float32)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sound_rows(scenes: Scenes, chosen, bank: Bank, noise: float, out, rows) -> None:
     """Play scene ``chosen[j]`` into ``out[rows[j]]``, float32 ``(n, T)`` in (-1, 1), C-contiguous.
 
