@@ -6,4 +6,4 @@ from numba import njit
 
 # Kernels borrow their arrays and make none, so nothing needs to count references to them. Counting is a locked
 # instruction wherever an array is taken out of a tuple, a quarter of the time that a question takes to be drawn.
-kernel = njit(cache=True, nogil=True, _nrt=False)
+kernel = njit(cache=True, nogil=True, _nrt=False)  # type: ignore[call-overload]
