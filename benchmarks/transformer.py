@@ -292,31 +292,37 @@ def make_qwen() -> tuple[TransformerPolicy, Any]:
 
 
 def measure_generate(repeats: int) -> None:
-    """Sampled answers; ours with log-probabilities, values and the environment."""
+    """Sampled answers, both in float32 and both in half precision; ours with log-probabilities, values and the environment."""
     policy, model = make_qwen()
-    for rows in (16, 64):
-        envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
-        prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
-        print(f"log-probabilities after the prompt differ by {unlike(policy, model, prompts):.0e} at most")
-        settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
-        runs = {
-            "generate": lambda p=prompts, s=settings: model.generate(
-                p, attention_mask=torch.ones_like(p), **s
-            ),
-            "collect": lambda e=envs, g=generator: collect(policy, e, list(range(e.num_envs)), 1, g),
-        }
-        report(f"rollout of {rows} x {ANSWER} words", medians(runs, repeats), {"collect": "1.2x"})
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
+    for precision in PRECISIONS:
+        in_precision(policy, precision)
+        model.to(getattr(torch, precision))
+        for rows in (16, 64):
+            envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
+            prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
+            print(
+                f"log-probabilities after the prompt differ by {unlike(policy, model, prompts):.0e} at most"
+            )
+            runs = {
+                "generate": lambda p=prompts: model.generate(
+                    p, attention_mask=torch.ones_like(p), **settings
+                ),
+                "collect": lambda e=envs, g=generator: collect(policy, e, list(range(e.num_envs)), 1, g),
+            }
+            title = f"rollout of {rows} x {ANSWER} words, {precision}"
+            report(title, medians(runs, repeats), {"collect": "1.2x"})
 
 
 @torch.no_grad()
 def unlike(policy: TransformerPolicy, model: Any, prompts: Tensor) -> float:
     """How far the log-probabilities of the first words are apart, where the model's prompt sees itself both ways, too."""
-    seen = torch.zeros(1, 1, PROMPT, PROMPT)
-    seen[..., :-1, -1] = torch.finfo(torch.float32).min  # what comes after the prompt
+    seen = torch.zeros(1, 1, PROMPT, PROMPT, dtype=model.dtype)
+    seen[..., :-1, -1] = torch.finfo(model.dtype).min  # what comes after the prompt
     theirs = model(prompts, attention_mask=seen.expand(len(prompts), -1, -1, -1)).logits[:, -1]
     words = torch.zeros((len(prompts), 1, 1), dtype=torch.int64)
     ours, _ = policy(first_steps(prompts[:, :-1], words, 1))
-    return float((ours[:, 0].log_softmax(-1) - theirs.log_softmax(-1)).abs().max())
+    return float((ours[:, 0].log_softmax(-1) - theirs.float().log_softmax(-1)).abs().max())
 
 
 def make_trainer(
