@@ -17,7 +17,8 @@ from mmenvs.cli import app
 from tests.tiny_transformer import SMALL, VQA, make_agent
 
 TOGETHER = """
-import copy, dataclasses, sys
+import copy, dataclasses, glob, sys
+from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,10 @@ try:
     devices.share(7)
 except ValueError as error:
     assert "multiple of the 2 processes, got 7" in str(error)
+# None of the group's threads is left to abort the process at its end.
+torch.distributed.destroy_process_group()
+threads = [Path(name).read_text().strip() for name in glob.glob("/proc/self/task/*/comm")]
+assert "pt_gloo_runloop" not in threads, threads
 print(f"process {devices.rank} is done", flush=True)
 """
 
