@@ -47,14 +47,14 @@ class Devices:
             raise ImportError(
                 "learning in several processes needs Accelerate: pip install accelerate"
             ) from error
-        # Its functions have the group of all processes as a default once there is one. Imported after that, as PyTorch does
-        # in passing, they keep the group's threads alive into the end of Python, which aborts the process now and then.
-        from torch.distributed.nn import functional  # noqa: F401
-
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(
                 f"device must be 'auto', 'cpu' or 'cuda' with {self.count} processes, got {device!r}"
             )
+        # Its functions have the group of all processes as a default once there is one. Imported after that, as PyTorch does
+        # in passing, they keep the group's threads alive into the end of Python, which aborts the process now and then.
+        from torch.distributed.nn import functional  # noqa: F401
+
         state: Any = PartialState(cpu=name == "cpu")
         if device != "auto" and state.device.type != device:
             raise ValueError(
