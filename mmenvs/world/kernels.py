@@ -6,4 +6,5 @@ from numba import njit
 
 # Kernels borrow their arrays and make none, so nothing needs to count references to them. Counting is a locked
 # instruction wherever an array is taken out of a tuple, a quarter of the time that a question takes to be drawn.
+# numba finds kernels on disk by the files they stand in: after a change here, delete those in ``__pycache__``.
 kernel = njit(cache=True, nogil=True, _nrt=False)  # type: ignore[call-overload]
