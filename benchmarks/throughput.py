@@ -29,8 +29,8 @@ import mmenvs
 ROWS = 1024
 
 
-def stepper(envs: gym.vector.VectorEnv) -> tuple[Callable[[], object], int]:
-    """A function that steps with random actions, and the rows it steps."""
+def stepper(envs: gym.vector.VectorEnv, read: bool = False) -> tuple[Callable[[], object], int]:
+    """A function that steps with random actions, and the rows it steps; ``read`` looks at each ``final_obs``."""
     envs.reset(seed=0)
     generator = np.random.default_rng(0)
     actions = [generator.integers(envs.single_action_space.n, size=envs.num_envs) for _ in range(16)]
@@ -40,6 +40,8 @@ def stepper(envs: gym.vector.VectorEnv) -> tuple[Callable[[], object], int]:
         # The last result stays alive during the step, as in a training loop.
         held[0] = envs.step(actions[held[1] % 16])
         held[1] += 1
+        if read:
+            held[0][-1]["final_obs"]
 
     return step, envs.num_envs
 
@@ -80,6 +82,9 @@ def sync(id: str, rows: int) -> tuple[Callable[[], object], int]:
 CONTESTANTS: dict[str, Callable[[], tuple[Callable[[], object], int]]] = {
     "np.copyto of the pictures, 1,024 rows of 64x64x3": lambda: copier(ROWS, 64),
     "VQA-v0 native, 1,024 rows": lambda: native("MMRL/VQA-v0", ROWS),
+    "VQA-v0 native, 1,024 rows, final_obs read each step": lambda: stepper(
+        gym.make_vec("MMRL/VQA-v0", num_envs=ROWS), read=True
+    ),
     "VQA-v0 native, 1,024 rows, difficulty 1": lambda: native("MMRL/VQA-v0", ROWS, difficulty=1),
     "VQA-v0 native, 1,024 rows, difficulty 3": lambda: native("MMRL/VQA-v0", ROWS, difficulty=3),
     "VQA-v0 native, 1,024 rows, 224 pixels": lambda: native("MMRL/VQA-v0", ROWS, image_size=224),

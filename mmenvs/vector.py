@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 
 from mmenvs.checks import integer_in, one_of
 from mmenvs.env import check_options, load_and_check, new_seed, seed_word, string_space
+from mmenvs.infos import StepInfos
 from mmenvs.tasks.base import Rows, Task
 
 Observation = dict[str, Any]
@@ -62,7 +63,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
     """``num_envs`` episodes of a task side by side. Make it with ``gym.make_vec(id, num_envs=n)``.
 
     Observations may be kept and written into. But where an episode is a single step, ``final_obs`` is the observation
-    that was handed out before it, not a copy, which would cost a good part of what drawing the pictures does.
+    that was handed out before it, not a copy, which would cost a good part of what drawing the pictures does. It is
+    put together when it is first read (:class:`~mmenvs.infos.StepInfos`).
 
     Args:
         task: task class or ``"module:Class"``; the id brings it along.
@@ -177,18 +179,20 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         if self.max_episode_steps is not None:
             truncated[rows] = self._steps[rows] >= self.max_episode_steps
         self._ended = terminated | truncated
-        final: Info = {}
+        infos: Info = {}
         changed = again
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
             changed = np.flatnonzero(self._ended)
-            final = self._final(changed)
+            infos = self._final(changed)
         if changed.size:
             self._episodes[changed] += 1
             ended = self._ended.copy()
             self._begin(changed)
             self._ended = ended if self.autoreset_mode == AutoresetMode.NEXT_STEP else self._ended
         observation = self._publish(self._observe(changed))
-        return observation, rewards, terminated, truncated, {**final, **self._info(self._all)}
+        for key, value in self._info(self._all).items():
+            infos[key] = value  # update() would put final_obs together
+        return observation, rewards, terminated, truncated, infos
 
     def oracle_actions(self) -> npt.NDArray[np.int64]:
         """The best next action of every row, ``(num_envs,)`` int64."""
@@ -304,7 +308,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             for key, value in out.items()
         }
 
-    def _final(self, rows: Rows) -> Info:
+    def _final(self, rows: Rows) -> StepInfos:
         """``final_obs`` and ``final_info`` of the rows that ended, in the form Gymnasium gives them."""
         last = dict(self._last or {})
         for key, value in self._kept.items():
@@ -313,10 +317,19 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             last[key][rows] = value[rows]
         out = {key: value if key in self.task.fixed else np.empty_like(value) for key, value in last.items()}
         self.task.observe(rows, {key: value for key, value in out.items() if key not in self.task.fixed})
-        parts = self._strings(out)
-        # One dict a row is Gymnasium's form; filled key by key, that takes half as long as row by row.
+        mask = np.zeros(self.num_envs, np.bool_)
+        mask[rows] = True
+        infos = StepInfos(
+            final_obs=None, _final_obs=mask, final_info=self._info(rows), _final_info=mask.copy()
+        )
+        infos.later = lambda: self._row_by_row(out, rows)
+        return infos
+
+    def _row_by_row(self, out: dict[str, npt.NDArray[Any]], rows: Rows) -> npt.NDArray[np.object_]:
+        """The observations of some rows, each a dict, and None for the others."""
+        # Filled key by key, that takes half as long as row by row.
         ended: list[Observation] = [{} for _ in rows]
-        for key, value in parts.items():
+        for key, value in self._strings(out).items():
             for row, part in zip(
                 ended, value if rows.size == self.num_envs else (value[i] for i in rows), strict=True
             ):
@@ -324,14 +337,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         final = np.full(self.num_envs, None, dtype=object)
         # A plain assignment would look into each dict for what it may be a row of.
         final[rows] = np.fromiter(ended, object, rows.size)
-        mask = np.zeros(self.num_envs, np.bool_)
-        mask[rows] = True
-        return {
-            "final_obs": final,
-            "_final_obs": mask,
-            "final_info": self._info(rows),
-            "_final_info": mask.copy(),
-        }
+        return final
 
     def _info(self, rows: Rows) -> Info:
         infos: Info = {}

@@ -218,7 +218,7 @@ class VectorEmbedObservation(gym.vector.VectorWrapper[Any, Any, Any, Any, Array]
             both = self.encoder.encode(name, np.concatenate([raw, np.stack(last)]) if last else raw)
             self._encoded[name], final[name] = both[: self.num_envs], both[self.num_envs :]
         if ended.size:
-            infos = {**infos, "final_obs": self._rows_of(self.encoder.join(final), ended)}
+            infos["final_obs"] = self._rows_of(self.encoder.join(final), ended)
         return self.encoder.join(self._encoded), rewards, terminated, truncated, infos
 
     def oracle_actions(self) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """The native vector environment: parity with single ones and with Gymnasium's own, autoreset, robustness."""
 
 import copy
+import json
 import pickle
 
 import gymnasium as gym
@@ -264,3 +265,106 @@ def test_a_reward_function_that_fails_leaves_the_environment_working():
             envs.step(end)
     failing[0] = False
     assert envs.step(end)[2].all()
+
+
+def late_and_plain():
+    """The infos of the same step, once as they are handed out, once as a plain dict made from them."""
+    infos = []
+    for _ in range(2):
+        envs = gym.make_vec("MMRL/VQA-v0", num_envs=N)
+        envs.reset(seed=3)
+        infos.append(envs.step(np.zeros(N, np.int64))[4])
+    late, other = infos
+    assert late.later is not None
+    plain = dict(other)
+    assert type(plain) is dict and plain["final_obs"].shape == (N,)
+    assert all(set(row) == {"image", "question"} for row in plain["final_obs"])
+    return late, plain
+
+
+# Each read or change of a dict there is, as something that can be compared.
+DICT_USES = {
+    "__contains__": lambda d: "final_obs" in d,
+    "__delitem__": lambda d: (d.__delitem__("final_obs"), dict(d)),
+    "__eq__": lambda d: d == {},
+    "__getitem__": lambda d: d["final_obs"],
+    "__ior__": lambda d: dict(d.__ior__({"episode": 1})),
+    "__iter__": lambda d: [d[key] for key in d],
+    "__len__": len,
+    "__ne__": lambda d: d != {},
+    "__or__": lambda d: d | {"episode": 1},
+    "__repr__": repr,
+    "__reversed__": lambda d: [d[key] for key in reversed(d)],
+    "__ror__": lambda d: {"episode": 1} | d,
+    "__setitem__": lambda d: (d.__setitem__("final_obs", 1), d.__setitem__("episode", 2), dict(d)),
+    "clear": lambda d: (d.clear(), dict(d)),
+    "copy": lambda d: d.copy(),
+    "get": lambda d: (d.get("final_obs"), d.get("episode"), d.get("episode", 5)),
+    "items": lambda d: list(d.items()),
+    "keys": lambda d: list(d.keys()),
+    "pop": lambda d: (d.pop("final_obs"), d.pop("final_obs", 3), dict(d)),
+    "popitem": lambda d: ([d.popitem() for _ in range(len(d))], dict(d)),
+    "setdefault": lambda d: (d.setdefault("final_obs", 1), d.setdefault("episode", 1), dict(d)),
+    "update": lambda d: (d.update(final_obs=1), dict(d)),
+    "values": lambda d: list(d.values()),
+    "dict()": dict,
+    "update of another": lambda d: (other := {}, other.update(d))[0],
+    "**": lambda d: (lambda **keywords: keywords)(**{**d}),
+    "copy.copy": copy.copy,
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda d: pickle.loads(pickle.dumps(d)),
+    "json": lambda d: len(json.dumps(d, default=np.ndarray.tolist)),
+}
+
+
+@pytest.mark.parametrize("use", DICT_USES)
+def test_infos_are_a_dict_in_every_use(use):
+    late, plain = late_and_plain()
+    assert same(DICT_USES[use](late), DICT_USES[use](plain))
+
+
+def test_no_use_of_a_dict_is_forgotten():
+    of_objects = set(dir(object)) - {"__eq__", "__ne__", "__repr__"}
+    assert set(dir(dict)) - of_objects - {"__class_getitem__", "fromkeys"} <= set(DICT_USES)
+
+
+def test_final_obs_is_put_together_only_when_it_is_read():
+    late, plain = late_and_plain()
+    assert "final_obs" in late and late.get("is_success") is not None and len(late) == len(plain)
+    late["episode"] = {"r": late["_final_obs"]}
+    assert late.later is not None
+    final = late["final_obs"]
+    assert late.later is None and late["final_obs"] is final
+    final[0] = None  # what a wrapper puts there stays
+    assert late["final_obs"][0] is None and dict(late)["final_obs"] is final
+
+
+def test_final_obs_read_late_is_that_of_its_step():
+    envs = gym.make_vec("MMRL/Captioning-v0", num_envs=N, max_episode_steps=3)
+    again = gym.make_vec("MMRL/Captioning-v0", num_envs=N, max_episode_steps=3)
+    kept, expected = [], []
+    envs.reset(seed=3), again.reset(seed=3)
+    for t in range(7):
+        actions = np.arange(N) + t + 3
+        kept.append(envs.step(actions)[4])
+        expected.append(copy.deepcopy(again.step(actions)[4]))
+    assert sum("final_obs" in infos for infos in kept) >= 2
+    assert same(kept, expected)
+
+
+@pytest.mark.parametrize(
+    "wrap", [gym.wrappers.vector.RecordEpisodeStatistics, gym.wrappers.vector.DictInfoToList]
+)
+def test_wrappers_of_gymnasium_find_what_they_look_for(wrap):
+    native = gym.make_vec("MMRL/VQA-v0", num_envs=N)
+    sync = gym.make_vec(
+        "MMRL/VQA-v0", num_envs=N, vectorization_mode="sync", **vector_kwargs(AutoresetMode.SAME_STEP)
+    )
+    ours, theirs = (wrap(envs) for envs in (native, sync))
+    ours.reset(seed=3), theirs.reset(seed=3)
+    for _ in range(3):
+        got, wanted = (envs.step(np.ones(N, np.int64)) for envs in (ours, theirs))
+        for infos in (got[4], wanted[4]):
+            for part in infos if isinstance(infos, list) else [infos]:
+                part.get("episode", {}).pop("t", None)  # seconds
+        assert same(got, wanted)
