@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -301,19 +302,22 @@ def measure_generate(repeats: int) -> None:
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
     for precision, theirs in zip(PRECISIONS, (model, half), strict=True):
         in_precision(policy, precision)
-        for rows in (16, 64):
+        for answers, rows in itertools.product((1, 8), (16, 64)):  # to each prompt, and in all
             envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
-            prompts = after(torch.as_tensor(envs.reset(seed=range(rows))[0]["prompt"]))
+            seeds = [row // answers for row in range(rows)]
+            prompts = after(torch.as_tensor(envs.reset(seed=seeds)[0]["prompt"][::answers]))
             print(
                 f"log-probabilities after the prompt differ by {unlike(policy, theirs, prompts):.0e} at most"
             )
             runs = {
-                "generate": lambda p=prompts, m=theirs: m.generate(
-                    p, attention_mask=torch.ones_like(p), **settings
+                "generate": lambda p=prompts, m=theirs, a=answers: m.generate(
+                    p, attention_mask=torch.ones_like(p), num_return_sequences=a, **settings
                 ),
-                "collect": lambda e=envs, g=generator: collect(policy, e, list(range(e.num_envs)), 1, g),
+                "collect": lambda e=envs, s=seeds, g=generator, a=answers: collect(
+                    policy, e, s, 1, g, group=a
+                ),
             }
-            title = f"rollout of {rows} x {ANSWER} words, {precision}"
+            title = f"rollout of {rows} x {ANSWER} words, {answers} to a prompt, {precision}"
             report(title, medians(runs, repeats), {"collect": "1.2x"})
 
 
