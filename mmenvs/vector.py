@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 
 from mmenvs.checks import integer_in, one_of
 from mmenvs.env import check_options, load_and_check, new_seed, seed_word, string_space
-from mmenvs.infos import StepInfos
+from mmenvs.infos import LateArray, StepInfos
 from mmenvs.tasks.base import Rows, Task
 
 Observation = dict[str, Any]
@@ -101,8 +102,13 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self.task = load_and_check(task, num_envs, text, kwargs)
         self.single_action_space = self.task.action_space
         self.single_observation_space: spaces.Dict = self.task.observation_space
+        self._decoders: dict[str, Callable[[Any], str]] = {}
         if text == "string":
             self.single_observation_space = string_space(self.task.observation_space, self.task.vocabulary)
+            texts = [
+                key for key, part in self.single_observation_space.items() if isinstance(part, spaces.Text)
+            ]
+            self._decoders = dict.fromkeys(texts, self.task.vocabulary.decode)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._buffers = {
@@ -295,17 +301,9 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
 
     def _publish(self, out: dict[str, npt.NDArray[Any]]) -> Observation:
         self._last = out
-        return self._strings(out)
-
-    def _strings(self, out: dict[str, Any]) -> Observation:
-        if self.text == "ids":
-            return dict(out)
-        decode = self.task.vocabulary.decode
+        decoders = self._decoders
         return {
-            key: tuple(decode(row) for row in value)
-            if isinstance(self.single_observation_space[key], spaces.Text)
-            else value
-            for key, value in out.items()
+            key: tuple(map(decoders[key], value)) if key in decoders else value for key, value in out.items()
         }
 
     def _final(self, rows: Rows) -> StepInfos:
@@ -319,25 +317,14 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self.task.observe(rows, {key: value for key, value in out.items() if key not in self.task.fixed})
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True
-        infos = StepInfos(
-            final_obs=None, _final_obs=mask, final_info=self._info(rows), _final_info=mask.copy()
+        # Without the environment, which infos that nobody reads would keep alive.
+        make = partial(_row_by_row, out, rows, self.num_envs, self._decoders)
+        return StepInfos(
+            final_obs=LateArray(make),
+            _final_obs=mask,
+            final_info=self._info(rows),
+            _final_info=mask.copy(),
         )
-        infos.later = lambda: self._row_by_row(out, rows)
-        return infos
-
-    def _row_by_row(self, out: dict[str, npt.NDArray[Any]], rows: Rows) -> npt.NDArray[np.object_]:
-        """The observations of some rows, each a dict, and None for the others."""
-        # Filled key by key, that takes half as long as row by row.
-        ended: list[Observation] = [{} for _ in rows]
-        for key, value in self._strings(out).items():
-            for row, part in zip(
-                ended, value if rows.size == self.num_envs else (value[i] for i in rows), strict=True
-            ):
-                row[key] = part
-        final = np.full(self.num_envs, None, dtype=object)
-        # A plain assignment would look into each dict for what it may be a row of.
-        final[rows] = np.fromiter(ended, object, rows.size)
-        return final
 
     def _info(self, rows: Rows) -> Info:
         infos: Info = {}
@@ -351,3 +338,19 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
                 infos[key][rows] = value
             infos[f"_{key}"] = mask.copy()
         return infos
+
+
+def _row_by_row(
+    out: dict[str, npt.NDArray[Any]], rows: Rows, num_envs: int, decoders: dict[str, Callable[[Any], str]]
+) -> npt.NDArray[np.object_]:
+    """The observations of ``rows``, each a dict, in an object array with None for the others."""
+    # Filled key by key, that takes half as long as row by row.
+    ended: list[Observation] = [{} for _ in rows]
+    for key, value in out.items():
+        parts = value if len(rows) == num_envs else (value[i] for i in rows)
+        for row, part in zip(ended, map(decoders[key], parts) if key in decoders else parts, strict=True):
+            row[key] = part
+    final = np.full(num_envs, None, dtype=object)
+    # A plain assignment would look into each dict for what it may be a row of.
+    final[rows] = np.fromiter(ended, object, len(rows))
+    return final
