@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/agents.py --out docs/results           # all that isn't there yet
     OMP_NUM_THREADS=1 python benchmarks/agents.py --only transformer --seeds 1 # one agent, one seed
+    OMP_NUM_THREADS=1 python benchmarks/agents.py --epochs 3 --minibatches 8 --memory-mb 512 --out docs/results/agents-epochs
     python benchmarks/agents.py --table                                        # the table of what is done
 
 Each is scored greedily on the same 2,000 episodes of the test and of the compositional split. Each run appends one
@@ -39,12 +40,11 @@ FUSIONS = {"concat": "concat", "fusion": "transformer"}
 SPLITS, EPISODES = ("test", "compositional"), 2000
 
 
-def execute(name: str, seed: int, steps: int, memory_mb: int) -> dict[str, Any]:
+def execute(name: str, seed: int, steps: int, recipe: PPORecipe) -> dict[str, Any]:
     """Train and score one run; its row."""
     begin = time.process_time()
     player: Any
     if name == OURS:
-        recipe = PPORecipe(memory_mb=memory_mb)
         player = TransformerAgent(
             ID, recipe=recipe, encoders=ENCODERS, device="cpu", seed=seed, env_kwargs=LEVEL
         )
@@ -93,14 +93,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(AGENTS), default=list(AGENTS), metavar="AGENT")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--memory-mb",
-        type=int,
-        default=PPORecipe().memory_mb,
-        help="of the transformer agent's good episodes",
-    )
+    for name in ("epochs", "minibatches", "memory_mb"):
+        flag, default = f"--{name.replace('_', '-')}", getattr(PPORecipe(), name)
+        parser.add_argument(flag, type=int, default=default, help="of the transformer agent's recipe")
     parser.add_argument("--table", action="store_true", help="print the table of what is done")
     options = parser.parse_args()
+    recipe = PPORecipe(epochs=options.epochs, minibatches=options.minibatches, memory_mb=options.memory_mb)
     path = options.out / "agents.jsonl"
     if not options.table:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +108,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for name in options.only:
                 if (name, seed) not in done:
-                    row = execute(name, seed, options.steps, options.memory_mb)
+                    row = execute(name, seed, options.steps, recipe)
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(f"{name}, seed {seed}: {row['test']:.3f}, {row['compositional']:.3f}", flush=True)
