@@ -43,6 +43,13 @@ def check_handed(needed: Collection[str], env_kwargs: Mapping[str, Any] | None) 
             )
 
 
+def why_unfit(env_kwargs: Mapping[str, Any] | None) -> str:
+    """The likely cause why weights don't fit the agent of their settings, when these arguments were given."""
+    if env_kwargs:
+        return f"{' and '.join(env_kwargs)} given here may differ from what it was trained on"
+    return "if another version of mmenvs saved it, it has to be trained again"
+
+
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file with a checksum of the tensors in its metadata."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}

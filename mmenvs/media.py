@@ -153,9 +153,11 @@ def write(
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` if its suffix names a format that can be written, else a ``ValueError`` that lists them."""
+    """``path`` if its suffix names a format that can be written, else a ``ValueError`` that lists them; none of a folder."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"the file must end in {', '.join(SUFFIXES)}, got {os.fspath(path)!r}")
+    if Path(path).is_dir():
+        raise ValueError(f"the file must not be a folder, got {os.fspath(path)!r}")
     return Path(path)
 
 

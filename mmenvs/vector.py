@@ -63,9 +63,9 @@ class _Buffers:
 class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any]]):
     """``num_envs`` episodes of a task side by side. Make it with ``gym.make_vec(id, num_envs=n)``.
 
-    Observations may be kept and written into. But where an episode is a single step, ``final_obs`` is the observation
-    that was handed out before it, not a copy, which would cost a good part of what drawing the pictures does. It is
-    put together when it is first read (:class:`~mmenvs.infos.StepInfos`).
+    Observations may be kept and written into. But where an episode ends with its first step, ``final_obs`` may be the
+    observation that was handed out before it, not a copy, which would cost a good part of what drawing the pictures does. It
+    is put together when it is first read (:class:`~mmenvs.infos.StepInfos`).
 
     Args:
         task: task class or ``"module:Class"``; the id brings it along.

@@ -186,6 +186,12 @@ def test_a_reward_that_is_a_function_is_handed_over_again(tmp_path):
     assert again.get_env().get_attr("difficulty")[0] == 1
 
 
+def test_arguments_that_change_what_an_agent_sees_are_named(tmp_path):
+    save(make_agent("ppo", VQA, **SMALL, **LITTLE["ppo"], encoders={"image": "cnn"}), tmp_path)
+    with pytest.raises(ValueError, match=r"don't fit the agent .*; image_size given here may differ from"):
+        load(tmp_path, "cpu", {"image_size": 96})
+
+
 def test_damaged_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no agent in"):
         load(tmp_path / "nowhere")

@@ -280,6 +280,7 @@ def test_bad_steps(tmp_path, text):
         ("describe MMRL/VQ-v0", "did you mean MMRL/VQA-v0"),
         ("show nothing --out {}/a.png", "id 'nothing' is not in the suite"),
         (f"show {VQA} --out {{}}/a.jpg", "the file must end in .png, .gif, .mp4, got"),
+        (f"show {VQA} --out {{}}/folder.png", "the file must not be a folder, got"),
         (f"show {VQA} --out {{}}/a.png --split dev", "split must be one of 'train', 'val'"),
         (f"show {VQA} --out {{}}/a.png --difficulty 4", "difficulty must be 0, 1, 2 or 3, got '4'"),
         (f"show {VQA} --out {{}}/a.png --difficulty hard", "difficulty must be 0, 1, 2 or 3, got 'hard'"),
@@ -301,6 +302,7 @@ def test_bad_steps(tmp_path, text):
     ],
 )
 def test_user_errors_are_one_line(tmp_path, arguments, message):
+    (tmp_path / "folder.png").mkdir()
     said = run(*(part.replace("{}", str(tmp_path)) for part in arguments.split()), code=2)
     assert message in said
     assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said

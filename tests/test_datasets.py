@@ -345,6 +345,21 @@ def test_open_source_errors(text, id, error, match):
         open_source(text, id)
 
 
+@pytest.mark.parametrize(
+    "files, error, match",
+    [
+        ((None, photos.ANNOTATIONS), TypeError, "questions must be the path of a JSON file, got None"),
+        ((photos.QUESTIONS, 3), TypeError, "annotations must be the path of a JSON file, got 3"),
+        (("none.json", photos.ANNOTATIONS), FileNotFoundError, "questions: No such file .*none.json"),
+        ((photos.QUESTIONS, "none.json"), FileNotFoundError, "annotations: No such file .*none.json"),
+    ],
+)
+def test_files_are_named_by_their_argument(small, monkeypatch, files, error, match):
+    monkeypatch.chdir(small)
+    with pytest.raises(error, match=match):
+        VQAv2(*files, small)
+
+
 def test_unknown_part(small):
     with pytest.raises(ValueError, match="part must be one of 'train2014', 'val2014', got 'test2015'"):
         VQAv2.from_root(small, "test2015")

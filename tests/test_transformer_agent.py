@@ -252,6 +252,12 @@ def test_bad_checkpoints(tmp_path, change, message):
         TransformerAgent.load(tmp_path, device="cpu")
 
 
+def test_arguments_that_change_what_an_agent_sees_are_named(tmp_path):
+    make_agent().save(tmp_path)
+    with pytest.raises(ValueError, match=r"don't fit its settings; image_size given here may differ from"):
+        TransformerAgent.load(tmp_path, device="cpu", env_kwargs={"image_size": 96})
+
+
 def test_agents_of_before_there_was_a_fusion_have_none(tmp_path):
     agent = make_agent(fusion="attention")
     agent.learn(32, out=tmp_path)

@@ -20,7 +20,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from ..curriculum import Curriculum, Progress
-from ..saved import check_handed, kept_arguments, pack, unpack
+from ..saved import check_handed, kept_arguments, pack, unpack, why_unfit
 from .agent import episode_seed, face, make_agent, settings_of
 
 FORMAT = 1
@@ -152,8 +152,8 @@ def load(
         agent.policy.optimizer.load_state_dict(state)
     except Exception as error:
         raise ValueError(
-            f"{problem}the weights in weights_{steps}.safetensors don't fit the agent of settings.json; if another version "
-            "of mmenvs saved it, it has to be trained again"
+            f"{problem}the weights in weights_{steps}.safetensors don't fit the agent of settings.json; "
+            f"{why_unfit(env_kwargs)}"
         ) from error
     agent.num_timesteps = steps
     agent.progress = progress  # type: ignore[attr-defined]

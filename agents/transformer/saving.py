@@ -18,7 +18,7 @@ from mmenvs.embeddings.optimizers import load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, Progress
-from ..saved import check_handed, kept_arguments
+from ..saved import check_handed, kept_arguments, why_unfit
 from . import checkpoint
 from .algorithms import RECIPES
 from .config import ATTENTION, Backbone, ModelConfig
@@ -113,7 +113,9 @@ def load(
         if agent.memory is not None:
             agent.memory.restore(_part(tensors, "memory."))
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{problem}its weights don't fit its settings: {error}") from error
+        raise ValueError(
+            f"{problem}its weights don't fit its settings; {why_unfit(env_kwargs)}: {error}"
+        ) from error
     agent.num_timesteps = agent._learned = counters["steps"]
     agent.coefficients = coefficients
     agent.iteration, agent.progress = counters["iteration"], progress

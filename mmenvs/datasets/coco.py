@@ -111,7 +111,7 @@ class CocoCaptions(PhotoReader):
 
 def _read_captions(path: str | Path) -> tuple[dict[int, str], dict[int, list[list[str]]]]:
     """File name and captions, as words, of each image id."""
-    file = Records(path)
+    file = Records("annotations", path)
     names: dict[int, str] = {}
     for i, record in enumerate(file.rows("images")):
         at = f"images[{i}]"

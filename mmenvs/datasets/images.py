@@ -202,7 +202,7 @@ class ImageStore:
         told = f"{self.paths[first]}: {fresh[first]}"
         count = f"{len(fresh)} of {len(self)} pictures can't be used"
         if self.on_error == "raise":
-            raise error(f"{told} ({count}; on_error='skip' leaves them out)")
+            raise error(f"{told} ({count}; in Python, on_error='skip' leaves them out)")
         self._reasons |= fresh
         self.usable[list(fresh)] = False
         warnings.warn(f"{count} and are left out, see .skipped; the first: {told}", stacklevel=4)

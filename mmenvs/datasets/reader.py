@@ -29,16 +29,24 @@ class Records:
     """One JSON file of a data set: an object whose lists hold one object for each record.
 
     Args:
+        name: of the argument that the path is of, for errors.
         path: the file.
 
     Raises:
+        TypeError: if it is no path.
         FileNotFoundError: if it is missing.
         ValueError: if it is larger than ``MAX_JSON_BYTES``, no JSON, or no object.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, name: str, path: str | Path) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"{name} must be the path of a JSON file, got {path!r}")
         self.path = Path(path)
-        with open(self.path, "rb") as file:
+        try:
+            opened = open(self.path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise type(error)(error.errno, f"{name}: {error.strerror}", str(path)) from None
+        with opened as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_JSON_BYTES:
                 raise ValueError(f"{path}: {size:,} bytes of JSON, at most {MAX_JSON_BYTES:,} are read")

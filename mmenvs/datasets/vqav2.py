@@ -143,7 +143,7 @@ class VQAv2(PhotoReader):
 
 def _read_questions(path: str | Path) -> tuple[dict[int, tuple[int, str]], str | None]:
     """Question id -> (image id, question), and the ``data_subtype`` if there is one."""
-    file = Records(path)
+    file = Records("questions", path)
     subtype = (
         file.get(file.content, "the file", "data_subtype", str) if "data_subtype" in file.content else None
     )
@@ -164,7 +164,7 @@ def _read_annotations(
     path: str | Path, asked: dict[int, tuple[int, str]], questions: str | Path
 ) -> list[tuple[str, str, list[str]]]:
     """(question type, most common answer, answers) of each question, in the order of ``asked``."""
-    file = Records(path)
+    file = Records("annotations", path)
     told: dict[int, tuple[str, str, list[str]]] = {}
     for i, record in enumerate(file.rows("annotations")):
         at = f"annotations[{i}]"
