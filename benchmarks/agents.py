@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/agents.py --out docs/results           # all that isn't there yet
     OMP_NUM_THREADS=1 python benchmarks/agents.py --only transformer --seeds 1 # one agent, one seed
-    OMP_NUM_THREADS=1 python benchmarks/agents.py --epochs 3 --minibatches 8 --memory-mb 512 --out docs/results/agents-epochs
+    OMP_NUM_THREADS=1 python benchmarks/agents.py --epochs 3 --minibatches 8 --memory-mb 512 --out DIR  # more from each step
     python benchmarks/agents.py --table                                        # the table of what is done
 
 Each is scored greedily on the same 2,000 episodes of the test and of the compositional split. Each run appends one
