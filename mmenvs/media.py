@@ -153,7 +153,7 @@ def write(
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` if its suffix names a format that can be written, else a ``ValueError`` that lists them; none of a folder."""
+    """``path`` if it is no folder and its suffix names a format that can be written, else a ``ValueError`` that says so."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"the file must end in {', '.join(SUFFIXES)}, got {os.fspath(path)!r}")
     if Path(path).is_dir():
