@@ -93,17 +93,7 @@ def _settled(name: str) -> Callable[..., Any]:
 
 # The iterators too: with dict's own, dict(infos) and {**infos} copy what is there without asking.
 for _name in (
-    *(
-        "__delitem__",
-        "__eq__",
-        "__ior__",
-        "__iter__",
-        "__ne__",
-        "__or__",
-        "__repr__",
-        "__reversed__",
-        "__ror__",
-    ),
-    *("clear", "copy", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
-):
+    "__delitem__", "__eq__", "__ior__", "__iter__", "__ne__", "__or__", "__repr__", "__reversed__", "__ror__", "clear",
+    "copy", "items", "keys", "pop", "popitem", "setdefault", "update", "values",
+):  # fmt: skip
     setattr(StepInfos, _name, _settled(_name))
