@@ -12,7 +12,7 @@ from mmenvs import spaces as modalities
 from mmenvs.checks import check_image_size, integer_in
 from mmenvs.tasks.base import Rows, Task, check_with_source
 from mmenvs.world import questions, random, render, scene
-from mmenvs.world.phrasings import MAX_FILLER, fill_rows
+from mmenvs.world.phrasings import MAX_FILLER, fill_rows, write_rows
 from mmenvs.world.words import VOCABULARY
 
 if TYPE_CHECKING:
@@ -149,14 +149,10 @@ class VQA(Task):
             else:
                 self.source.pictures(self.item[rows], self.image_size, out["image"], rows)
         if "question" in out:
-            out["question"][rows] = self._words(rows)
-
-    def _words(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """The questions of ``rows``, ``(len(rows), L)`` word ids."""
-        if self.source is not None:
-            return self.source.questions[self.item[rows]]
-        asked = self.questions.words[rows]
-        return np.concatenate([self.filler[rows], asked], 1) if self.filler.size else asked
+            if self.source is None:
+                write_rows(self.filler, self.questions.words, rows, out["question"])
+            else:
+                out["question"][rows] = self.source.questions[self.item[rows]]
 
     def step(
         self, rows: Rows, actions: npt.NDArray[np.int64]
@@ -187,7 +183,7 @@ class VQA(Task):
     def describe(self, row: int) -> dict[str, Any]:
         if self.source is None:
             kind = self.types[self.questions.type[row]]
-            question = self.vocabulary.decode(self._words(np.array([row]))[0])
+            question = self.vocabulary.decode([*self.filler[row], *self.questions.words[row]])
             answer = self.answers[self.questions.answer[row]]
         else:
             kind = self.types[self.source.type_ids[self.item[row]]]

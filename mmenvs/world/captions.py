@@ -22,7 +22,7 @@ import numpy.typing as npt
 from numba import njit, uint64
 
 from mmenvs.text import END, PAD
-from mmenvs.world.kernels import kernel
+from mmenvs.world.kernels import inlined, kernel
 from mmenvs.world.random import below, hash2
 from mmenvs.world.scene import COLOURS, MAX_OBJECTS, SHAPES, SIZES, TEXTURES, Level, Scenes
 from mmenvs.world.words import FIRST_COLOUR, FIRST_SHAPE, FIRST_SIZE, FIRST_TEXTURE, VOCABULARY
@@ -53,7 +53,7 @@ def caption_limit(level: Level) -> int:
 # ---------------------------------------------------------------------------------------------------------
 
 
-@njit(inline="always")
+@inlined
 def holds(scenes, i, a, relation, b):
     """Whether object ``a`` of scene ``i`` is left of, right of, above or below (0 to 3) object ``b``."""
     if relation == 0:
@@ -65,7 +65,7 @@ def holds(scenes, i, a, relation, b):
     return scenes.y[i, a] > scenes.y[i, b]
 
 
-@njit(inline="always")
+@inlined
 def _tell_object(scenes, i, k, textures, out, at):
     """Write the phrase of one object from ``out[at]`` on; returns where it ends."""
     out[at] = _A
@@ -275,7 +275,7 @@ def scan(ids, mentions, relations):
     return n, told
 
 
-@njit(inline="always")
+@inlined
 def _agrees(mention, scenes, i, k):
     """Whether nothing that the mention tells is wrong of object ``k``."""
     fits = True

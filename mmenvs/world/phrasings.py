@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from mmenvs.world import scene as world
-from mmenvs.world.kernels import kernel
+from mmenvs.world.kernels import inlined, kernel
 from mmenvs.world.random import below
 from mmenvs.world.words import FIRST_COLOUR, FIRST_PLURAL, FIRST_SHAPE, FIRST_SIZE, FIRST_TEXTURE, VOCABULARY
 
@@ -89,7 +88,7 @@ _OBJECT, _THING = VOCABULARY.id("object"), VOCABULARY.id("thing")
 _OBJECTS, _THINGS = VOCABULARY.id("objects"), VOCABULARY.id("things")
 
 
-@njit(inline="always")
+@inlined
 def value_of(description, a):
     """The described value of attribute ``a``, -1 if it isn't described.
 
@@ -99,7 +98,7 @@ def value_of(description, a):
     return ((description >> (8 * a)) & 255) - 1
 
 
-@njit(inline="always")
+@inlined
 def _say_object(words, q, w, description, noun, plural):
     """Write size, colour, texture and noun of a description; the place after it."""
     for a in (2, 1, 3):
@@ -115,7 +114,7 @@ def _say_object(words, q, w, description, noun, plural):
     return w + 1
 
 
-@kernel
+@inlined
 def say(questions, q, streams, row):
     """Put question ``q`` into words, with a phrasing drawn from the stream."""
     words = questions.words
@@ -157,3 +156,13 @@ def fill_rows(words: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], streams
     for j in range(rows.size):
         for k in range(words.shape[1]):
             words[rows[j], k] = _FILLER[below(streams, rows[j], _FILLER.size)]
+
+
+@kernel
+def write_rows(filler, words, rows: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+    """Write the filler and the question of each of ``rows`` into ``out[rows]``, ``(n, filler + LENGTH)``."""
+    for i in rows:
+        for k in range(filler.shape[1]):
+            out[i, k] = filler[i, k]
+        for k in range(LENGTH):
+            out[i, filler.shape[1] + k] = words[i, k]

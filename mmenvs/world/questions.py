@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from mmenvs.world import scene as world
-from mmenvs.world.kernels import kernel
+from mmenvs.world.kernels import inlined, kernel
 from mmenvs.world.phrasings import LENGTH, say, value_of
 from mmenvs.world.random import below
 from mmenvs.world.scene import Level, Scenes, held_out, values_of
@@ -66,12 +65,12 @@ def empty(n: int) -> Questions:
     )
 
 
-@njit(inline="always")
+@inlined
 def _byte(a, value):
     return np.int64(value + 1) << (8 * a)
 
 
-@njit(inline="always")
+@inlined
 def _matches(scenes, i, k, description):
     # No branch to guess wrongly: this is the innermost test of all.
     same = True
@@ -81,7 +80,7 @@ def _matches(scenes, i, k, description):
     return same
 
 
-@njit(inline="always")
+@inlined
 def _any(scenes, i, description):
     found = False
     for k in range(scenes.count[i]):
@@ -89,7 +88,7 @@ def _any(scenes, i, description):
     return found
 
 
-@njit(inline="always")
+@inlined
 def _set(scenes, i, k, description):
     for a in range(4):
         value = value_of(description, a)
@@ -97,7 +96,7 @@ def _set(scenes, i, k, description):
             scenes.attributes[i, k, a] = value
 
 
-@njit(inline="always")
+@inlined
 def _avoid(scenes, i, keep, description, streams, row, level):
     """Change one described attribute of every object but ``keep`` that matches."""
     for k in range(scenes.count[i]):
@@ -105,7 +104,7 @@ def _avoid(scenes, i, keep, description, streams, row, level):
             _change(scenes, i, k, description, streams, row, level)
 
 
-@njit(inline="always")
+@inlined
 def _change(scenes, i, k, description, streams, row, level):
     """Give object ``k`` another value of one of the described attributes, each as likely."""
     a = below(streams, row, 4)
@@ -115,7 +114,7 @@ def _change(scenes, i, k, description, streams, row, level):
     scenes.attributes[i, k, a] = (value_of(description, a) + 1 + below(streams, row, n - 1)) % n
 
 
-@njit(inline="always")
+@inlined
 def _describe(most, without, streams, row, level, split):
     """Draw a description by one to ``most`` attributes other than ``without``; held-out pairs stay unsaid."""
     while True:
@@ -132,7 +131,7 @@ def _describe(most, without, streams, row, level, split):
             return description
 
 
-@njit(inline="always")
+@inlined
 def _describe_two(attribute, streams, row, level):
     """Two descriptions by different values of one attribute."""
     n = values_of(level, attribute)
@@ -141,7 +140,7 @@ def _describe_two(attribute, streams, row, level):
     return _byte(attribute, first), _byte(attribute, second)
 
 
-@njit(inline="always")
+@inlined
 def _related(scenes, i, j, k, relation, grid):
     """1 if object j stands in the relation to k, 0 if in the opposite one, -1 if in neither."""
     if relation < 2:
@@ -153,7 +152,7 @@ def _related(scenes, i, j, k, relation, grid):
     return 1 if d > 0 else (0 if d < 0 else -1)
 
 
-@njit(inline="always")
+@inlined
 def _extreme(scenes, i, option, grid):
     """The one object at the extreme, -1 if several share it."""
     best, which = np.int64(-100), -1
@@ -173,7 +172,7 @@ def _extreme(scenes, i, option, grid):
     return which
 
 
-@njit(inline="always")
+@inlined
 def _draw_answer(kind, streams, row, level):
     if kind == _COUNT:
         return _NUMBER + below(streams, row, min(level.objects_max, MAX_COUNT) + 1)
@@ -186,7 +185,7 @@ def _draw_answer(kind, streams, row, level):
     return below(streams, row, 2)
 
 
-@njit(inline="always")
+@inlined
 def _place_counts(scenes, i, d1, d2, first, second, streams, row, level):
     """Make ``first`` random objects match ``d1``, ``second`` others ``d2`` (0: none), the rest neither."""
     left = scenes.count[i]
@@ -207,7 +206,7 @@ def _place_counts(scenes, i, d1, d2, first, second, streams, row, level):
                     scenes.attributes[i, k, a] = below(streams, row, values_of(level, a))
 
 
-@kernel
+@inlined
 def _fit(scenes, i, questions, q, streams, row, level, split):
     """Draw the arguments of question ``q`` and bend scene ``i`` towards its answer; False if it can't be."""
     kind, wanted = questions.type[q], questions.answer[q]

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, uint64
 
-from mmenvs.world.kernels import kernel
+from mmenvs.world.kernels import inlined, kernel
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 
 
-@njit(inline="always")
+@inlined
 def mix(z):
     """Scramble a uint64: every input bit reaches every output bit."""
     z = uint64(z)
@@ -27,26 +27,26 @@ def mix(z):
     return z ^ (z >> uint64(31))
 
 
-@njit(inline="always")
+@inlined
 def hash2(a, b):
     """One uint64 out of two; the order matters."""
     return mix(mix(uint64(a) + _GAMMA) ^ (uint64(b) * _M1 + _GAMMA))
 
 
-@njit(inline="always")
+@inlined
 def draw(streams, i):
     """The next uint64 of stream ``i``."""
     streams[i] = streams[i] + _GAMMA
     return mix(streams[i])
 
 
-@njit(inline="always")
+@inlined
 def uniform(streams, i):
     """A float64 in [0, 1)."""
     return float(draw(streams, i) >> uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(inline="always")
+@inlined
 def below(streams, i, n):
     """An integer in [0, n), n below 2**31."""
     return np.int64(((draw(streams, i) >> uint64(32)) * uint64(n)) >> uint64(32))

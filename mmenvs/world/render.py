@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from PIL import Image, ImageDraw
 
+from mmenvs.world.kernels import inlined
 from mmenvs.world.random import hash2, words
 from mmenvs.world.scene import DIAMETER, SHAPES, SIZES, TEXTURES, Scenes
 
@@ -181,7 +182,7 @@ def _noise_bytes() -> npt.NDArray[np.uint8]:
     return words(_NOISE_BYTES // 8, 0).astype("<u8").view(np.uint8)
 
 
-@njit(inline="always")
+@inlined
 def _byte(value):
     return np.uint8(min(max(value, 0.0), 255.0) + 0.5)
 
@@ -228,7 +229,7 @@ def render_rows(scenes: Scenes, rows, atlas: Atlas, noise: float, out) -> None:
         _hand_over(picture, pictures[i], stream)
 
 
-@njit(inline="always")
+@inlined
 def _fill(scenes, i, background, picture):
     """Lay the background of scene ``i``. ``background`` holds a stretch of the scene before, which often is of the same colour."""
     red = _byte(scenes.background[i, 0] * scenes.brightness[i])
@@ -247,7 +248,7 @@ def _fill(scenes, i, background, picture):
         picture[first + x] = background[x]
 
 
-@njit(inline="always")
+@inlined
 def _hand_over(picture, target, stream):
     """Copy a picture; past the caches with ``stream``."""
     begin, end = uint64(0), uint64(0)
@@ -286,7 +287,7 @@ def _stream(typing_context, source, target):
     return void(source, target), emit
 
 
-@njit(inline="always")
+@inlined
 def _blit(scenes, i, k, atlas, paint, picture, width, height):
     """Place object ``k`` of scene ``i`` on its picture, flat ``(H * W * 3,)``."""
     size = scenes.attributes[i, k, 2]

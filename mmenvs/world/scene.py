@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, uint64
+from numba import uint64
 
-from mmenvs.world.kernels import kernel
+from mmenvs.world.kernels import inlined, kernel
 from mmenvs.world.random import below, draw, mix, uniform
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
@@ -76,7 +76,7 @@ def empty(n: int) -> Scenes:
     )
 
 
-@njit(inline="always")
+@inlined
 def values_of(level, a):
     """How many values attribute ``a`` takes at a level."""
     if a == 0:
@@ -86,7 +86,7 @@ def values_of(level, a):
     return N_VALUES[a]
 
 
-@njit(inline="always")
+@inlined
 def held_out(shape, colour):
     """Whether (shape, colour) occurs in the compositional split only: 8 of the 64 pairs.
 
@@ -97,7 +97,7 @@ def held_out(shape, colour):
     return (shape < 4) & (colour % 4 == shape)
 
 
-@njit(inline="always")
+@inlined
 def content_key(scenes: Scenes, i: int) -> int:
     """A hash of what stands where in scene ``i``: cells and attributes; jitter and nuisance don't count."""
     h = uint64(scenes.count[i])
@@ -109,7 +109,7 @@ def content_key(scenes: Scenes, i: int) -> int:
     return h
 
 
-@njit(inline="always")
+@inlined
 def in_split(scenes: Scenes, i: int, split: int) -> bool:
     """Whether scene ``i`` belongs to ``SPLITS[split]``.
 
@@ -129,7 +129,7 @@ def in_split(scenes: Scenes, i: int, split: int) -> bool:
     return bool(bucket == uint64(7 + split))
 
 
-@njit(inline="always")
+@inlined
 def sample_layout(scenes: Scenes, i: int, streams, row: int, level: Level) -> None:
     """Choose distinct cells for ``scenes.count[i]`` objects of scene ``i``, in reading order."""
     n_cells = level.grid * level.grid
@@ -147,7 +147,7 @@ def sample_layout(scenes: Scenes, i: int, streams, row: int, level: Level) -> No
             k += 1
 
 
-@njit(inline="always")
+@inlined
 def sample_object(scenes: Scenes, i: int, k: int, streams, row: int, level: Level, novel: bool) -> None:
     """Draw the attributes of object ``k``: a held-out pair if ``novel``, never one otherwise."""
     while True:
@@ -161,7 +161,7 @@ def sample_object(scenes: Scenes, i: int, k: int, streams, row: int, level: Leve
     scenes.attributes[i, k, 3] = below(streams, row, level.textures)
 
 
-@njit(inline="always")
+@inlined
 def sample_objects(scenes: Scenes, i: int, streams, row: int, level: Level, split: int) -> None:
     """Draw all objects of scene ``i``; in the compositional split each is a held-out pair half the time."""
     sure = below(streams, row, scenes.count[i])
@@ -170,7 +170,7 @@ def sample_objects(scenes: Scenes, i: int, streams, row: int, level: Level, spli
         sample_object(scenes, i, k, streams, row, level, novel)
 
 
-@njit(inline="always")
+@inlined
 def finish(scenes: Scenes, i: int, streams, row: int, level: Level) -> None:
     """Draw what content doesn't fix: jitter within the cells, rotation, background, brightness, noise."""
     for k in range(scenes.count[i]):
