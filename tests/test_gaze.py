@@ -209,12 +209,12 @@ def test_an_agent_without_an_extractor_is_played_as_it_is():
 
 def test_what_the_transformer_agent_records_is_its_attention():
     torch.manual_seed(0)
-    q, k = torch.randn(3, 4, 8), torch.randn(3, 5, 2, 8)
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 5, 8)
     bias = torch.zeros(3, 5)
     bias[1, 2:] = NEVER
     values = torch.eye(5).expand(3, 2, 5, 5)  # so that what comes out is the attention
     shared = nn.functional.scaled_dot_product_attention(
-        q.unsqueeze(2), k.transpose(1, 2), values, bias[:, None, None], enable_gqa=True
+        q.unsqueeze(2), k, values, bias[:, None, None], enable_gqa=True
     )
     found = looking(q, k, bias)
     torch.testing.assert_close(found, shared.squeeze(2).mean(1))

@@ -79,9 +79,8 @@ class _Keys(transformers.Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         dtype = self.memory.cache.keys.dtype
-        k, v = (x.transpose(1, 2).to(dtype) for x in (key_states, value_states))  # (b, Q, kv_heads, d)
-        k, v = self.memory(layer_idx, k, v)
-        return k.transpose(1, 2), v.transpose(1, 2)
+        # Both (b, kv_heads, Q, d), and K for Q as they come back.
+        return self.memory(layer_idx, key_states.to(dtype), value_states.to(dtype))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # asked for by models that would otherwise count positions
@@ -210,7 +209,7 @@ class BackboneTrunk(nn.Module):
         other[:, 2] += 1
         if not differs(self._run(other, positions, bias, None)[:, 0], whole[:, 0]):
             raise ValueError("its prefix can't be seen in both directions")
-        store = torch.zeros(len(shapes.seen), 1, 5, heads, size)
+        store = torch.zeros(len(shapes.seen), 1, heads, 5, size)
         cache = Cache(
             store, store.clone(), torch.ones(1, 5, dtype=torch.bool), positions, positions, torch.zeros(1, 0)
         )

@@ -69,23 +69,21 @@ class Block(nn.Module):
         # Half-precision attention has a slow backward pass on a CPU, and a fast one on a GPU.
         half = x.is_cuda and torch.is_autocast_enabled("cuda")
         dtype = torch.bfloat16 if half else torch.float32
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (part.to(dtype).transpose(1, 2) for part in (q, k, v))  # (B, heads, tokens, width / heads)
         if memory is not None:
             k, v = memory(layer, k, v)
         with torch.autocast(x.device.type, enabled=False):
             if record is not None:
-                record.append(looking(q[:, -1], k, bias[:, 0, -1]))
-            mixed = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.to(dtype), enable_gqa=True
-            )  # (B, heads, R, width / heads)
+                record.append(looking(q[:, :, -1], k, bias[:, 0, -1]))
+            mixed = F.scaled_dot_product_attention(q, k, v, bias.to(dtype), enable_gqa=True)
         x = x[:, read] + self.out(mixed.transpose(1, 2).flatten(2))
         gate, up = self.up(self.feed_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 def looking(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """The attention ``(B, K)`` of queries ``(B, heads, d)`` to keys ``(B, K, kv_heads, d)`` with ``bias`` ``(B, K)``
+    """The attention ``(B, K)`` of queries ``(B, heads, d)`` to keys ``(B, kv_heads, K, d)`` with ``bias`` ``(B, K)``
     on the scores, the mean over the heads."""
-    grouped = q.detach().float().unflatten(1, (k.shape[2], -1))  # (B, kv_heads, heads / kv_heads, d)
-    scores = torch.einsum("bhgd,bkhd->bhgk", grouped, k.detach().float()) * q.shape[-1] ** -0.5
+    grouped = q.detach().float().unflatten(1, (k.shape[1], -1))  # (B, kv_heads, heads / kv_heads, d)
+    scores = torch.einsum("bhgd,bhkd->bhgk", grouped, k.detach().float()) * q.shape[-1] ** -0.5
     return torch.softmax(scores + bias[:, None, None], -1).mean((1, 2))

@@ -85,7 +85,7 @@ class Cache:
 
     Attributes:
         halved: the blocks that the steps go through, or None for the policy's own.
-        keys, values: ``(layers, rows, slots, kv_heads, size of a head)``. Slots are the prefix, then the steps.
+        keys, values: ``(layers, rows, kv_heads, slots, size of a head)``. Slots are the prefix, then the steps.
         valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
         position: ``(rows,)`` int64, the rotary position of the next token.
         length: ``(rows,)`` int64 on the CPU, steps taken.
@@ -120,8 +120,8 @@ class Cache:
         have = self.valid.shape[1]
         if slots > have:
             more = max(slots, 2 * have) - have
-            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, more))
-            self.values = F.pad(self.values, (0, 0, 0, 0, 0, more))
+            self.keys = F.pad(self.keys, (0, 0, 0, more))
+            self.values = F.pad(self.values, (0, 0, 0, more))
             self.valid = F.pad(self.valid, (0, more))
 
 
@@ -133,11 +133,11 @@ class Memory:
         self.every = len(rows) == cache.rows
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep ``(b, Q, kv_heads, d)``; all of the row so far, or without ``used`` what was given."""
+        """Keep ``(b, kv_heads, Q, d)``; all of the row so far, or without ``used`` what was given."""
         kept = []
         for store, x in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-            store[self.rows[:, None], self.slots] = x
+            store[self.rows[:, None], :, self.slots] = x.transpose(1, 2)
             if self.used is not None:
-                x = store[:, : self.used] if self.every else store[self.rows, : self.used]
+                x = store[:, :, : self.used] if self.every else store[self.rows, :, : self.used]
             kept.append(x)
         return kept[0], kept[1]

@@ -218,7 +218,7 @@ class TransformerPolicy(nn.Module):
         slots = self.prefix_tokens + steps * self.step_tokens
         kept = (config.layers, config.kv_heads, config.width // config.heads)
         layers, heads, size = kept if self.backbone is None else self.backbone.kept
-        shape = (layers, rows, slots, heads, size)
+        shape = (layers, rows, heads, slots, size)
         half = self.device.type == "cuda" and self.precision == "bfloat16"
         keys = torch.zeros(shape, dtype=torch.bfloat16 if half else torch.float32, device=self.device)
         valid = torch.zeros((rows, slots), dtype=torch.bool, device=self.device)
