@@ -38,6 +38,14 @@ def test_recall_encodes_each_input_once():
     assert torch.equal(copied(encode, x), x.flatten(1).float() * 2) and encode.rows > done + 8
 
 
+def test_recall_keeps_half_precision_apart():
+    layer, recall = torch.nn.Linear(5, 3).requires_grad_(False), Recall(1)
+    x = torch.randn(4, 5)
+    for half in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            assert torch.equal(recall(lambda x: layer(x).float(), x), layer(x).float())
+
+
 def test_recall_lets_the_oldest_go():
     encode, recall = Counted(), Recall(1)
     for i in range(40):

@@ -17,6 +17,7 @@ from mmenvs_agents.transformer import ppo
 from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.episodes import Episodes
 from mmenvs_agents.transformer.learning import NonFiniteGradientError
+from mmenvs_agents.transformer.rollout import collect
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -71,6 +72,28 @@ def test_predict_remembers_the_episode():
     )
     described, _ = agent.policy(episodes)
     np.testing.assert_array_equal(described.argmax(-1).numpy(), np.stack(said, 1))
+
+
+def test_what_an_agent_answers_does_not_depend_on_the_precision_it_learns_in():
+    agents = [
+        TransformerAgent(CAPTIONING, TINY, recipe=QUICK, device="cpu", env_kwargs=SMALL, precision=precision)
+        for precision in ("float32", "bfloat16")
+    ]
+    envs = gym.make_vec(CAPTIONING, num_envs=64, **SMALL)
+    played, said = [], []
+    for agent in agents:
+        torch.nn.init.normal_(agent.policy.actor.out.weight, generator=torch.Generator().manual_seed(0))
+        played.append(collect(agent.policy, envs, 0, 1, torch.Generator().manual_seed(0)))
+        observation, state, words = envs.reset(seed=0)[0], None, []
+        for step in range(6):
+            # Drawn as well as the most likely ones.
+            actions, state = agent.predict(observation, state, deterministic=step % 2 == 0)
+            words.append(actions)
+            observation, *_ = envs.step(actions)
+        said.append(np.stack(words))
+    assert not torch.equal(played[0].log_probs[:, 0], played[1].log_probs[:, 0])
+    np.testing.assert_array_equal(*said)
+    assert agents[1].policy.precision == agents[1].policy.extractor.precision == "bfloat16"
 
 
 def test_callbacks_and_logs(tmp_path):

@@ -64,7 +64,7 @@ class TransformerAgent:
             its own device and plays its share of the rows; a vector environment is the share of its process.
         seed: of weights, actions and episodes.
         env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``; with an id only.
-        precision: ``"float32"`` or ``"bfloat16"``; None is what is fast here.
+        precision: of rollouts and updates, ``"float32"`` or ``"bfloat16"``; None is what is fast here.
         recipe: settings of the method; None is its defaults.
         restraints: what holds down the unwanted; None is nothing.
         init: folder of an agent whose policy this one begins with, and is pulled back to if ``restraints`` say so.
@@ -363,6 +363,9 @@ class TransformerAgent:
     ) -> tuple[npt.NDArray[Any], Playing]:
         """Actions for a batch of observations, or for one without a batch axis, and the state to hand back.
 
+        It computes in float32, so that what an agent answers depends neither on the precision it learned in nor on
+        the machine.
+
         Args:
             observation: as the environment gives it; pictures may be channels first, as for Stable-Baselines3.
             state: what the last call returned, which this call uses up; None begins episodes in all rows, so an
@@ -380,7 +383,8 @@ class TransformerAgent:
         starts = torch.ones(n, dtype=torch.bool)
         if state is None:
             nothing = torch.zeros((n, self.policy.actor.size), dtype=self.policy.actor.dtype)
-            state = Playing(self.policy.cache(n), nothing)
+            with self.policy.in_precision("float32"):
+                state = Playing(self.policy.cache(n), nothing)
         elif not isinstance(state, Playing) or state.cache.rows != n:
             raise ValueError(f"state must be what predict returned for {n} rows, got {type(state).__name__}")
         else:
@@ -391,9 +395,9 @@ class TransformerAgent:
         masks = None
         if action_masks is not None:
             masks = torch.as_tensor(np.asarray(action_masks, np.bool_).reshape(n, -1), device=self.device)
-        described, _ = self.policy.step(
-            state.cache, as_tensors(arrays, names, self.device), state.previous.to(self.device), starts, masks
-        )
+        seen, previous = as_tensors(arrays, names, self.device), state.previous.to(self.device)
+        with self.policy.in_precision("float32"):
+            described, _ = self.policy.step(state.cache, seen, previous, starts, masks)
         state.previous = self.policy.actor.sample(
             described.cpu(), None if deterministic else self._predicting
         )

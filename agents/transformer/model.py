@@ -155,6 +155,16 @@ class TransformerPolicy(nn.Module):
         return self.start.device
 
     @contextmanager
+    def in_precision(self, precision: Precision) -> Iterator[None]:
+        """Within, another ``precision`` than that of the policy. A cache belongs to the one it was made in."""
+        before = self.precision
+        self.precision = self.extractor.precision = precision
+        try:
+            yield
+        finally:
+            self.precision = self.extractor.precision = before
+
+    @contextmanager
     def recording(self) -> Iterator[dict[str, Any]]:
         """A dict with what a :meth:`step` of one row looks at:
 

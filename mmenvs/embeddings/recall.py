@@ -10,7 +10,8 @@ from torch import Tensor
 from mmenvs.embeddings.cache import EmbeddingCache
 from mmenvs.embeddings.keys import hash_rows
 
-_NAME = "0" * 32  # of the only encoder in the cache
+# Of the only encoder in the cache, whose results in half precision are others than in full.
+_FULL, _HALF = "0" * 32, "1" * 32
 
 
 class Recall:
@@ -30,7 +31,8 @@ class Recall:
         keys, shape = hash_rows(x.numpy()), x.shape[1:]
         if shape not in self._dims:
             self._dims[shape] = encode(x[:1]).shape[1]
-        section = self._cache.section(_NAME, self._dims[shape])
+        name = _HALF if torch.is_autocast_enabled(x.device.type) else _FULL
+        section = self._cache.section(name, self._dims[shape])
         values, hit = section.lookup(keys)
         if not hit.all():
             missed = ~hit
