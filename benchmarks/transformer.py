@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.transformer import grpo
 from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.config import SIZES, Backbone, ModelConfig
@@ -184,9 +182,9 @@ def measure_update(repeats: int) -> None:
     print(f"gradients differ by {furthest:.0e} of the largest at most")
 
 
-def within(precision: Any, policy: TransformerPolicy, run: Callable[[TransformerPolicy], Any]) -> Any:
-    with policy.in_precision(precision):
-        return run(policy)
+def in_precision(policy: TransformerPolicy, precision: Any) -> TransformerPolicy:
+    policy.precision = policy.extractor.precision = precision
+    return policy
 
 
 def measure_precision(repeats: int, agent: Path | None) -> None:
@@ -199,26 +197,21 @@ def measure_precision(repeats: int, agent: Path | None) -> None:
         f"rollout of 16 x {ANSWER} words": lambda p: play_cached(p, prompts),
         f"update by 16 x {ANSWER} words": lambda p: learn(p, prompts, words, False),
     }.items():
-        runs = {p: partial(within, p, policy, run) for p in PRECISIONS}
+        runs = {p: lambda p=p, run=run: run(in_precision(policy, p)) for p in PRECISIONS}
         report(title, medians(runs, repeats), {"bfloat16": "1.3x"})
     if agent is None:
         print("captions are compared with --agent DIR, an agent trained on MMRL/Captioning-v0")
         return
     trained = TransformerAgent.load(agent, device="cpu")
     envs = gym.make_vec(trained.settings.id, num_envs=256, split="test", **trained.settings.env_kwargs)
-    both = [within(p, trained.policy, lambda policy: collect(policy, envs, 0, 1, None)) for p in PRECISIONS]
+    both = [collect(in_precision(trained.policy, p), envs, 0, 1, None) for p in PRECISIONS]
     captions = [
         [row[:n].flatten().tolist() for row, n in zip(r.episodes.actions, r.episodes.lengths, strict=True)]
         for r in both
     ]
     same = sum(a == b for a, b in zip(*captions, strict=True))
-    print(f"greedy rollouts of the test split that are the same in both: {same} of {len(captions[0])}")
+    print(f"greedy captions of the test split that are the same in both: {same} of {len(captions[0])}")
     print("their mean scene F1:", " and ".join(f"{r.parts['scene_f1'].mean():.4f}" for r in both))
-    scores = [
-        within(p, trained.policy, lambda _: evaluate(trained, trained.settings.id, episodes=256)).returns
-        for p in PRECISIONS
-    ]
-    print(f"answers of predict() on it with the same score in both: {(scores[0] == scores[1]).sum()} of {len(scores[0])}")
 
 
 def make_llama() -> Any:
@@ -307,22 +300,23 @@ def measure_generate(repeats: int) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.model.rotary_emb = model.model.rotary_emb
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": ANSWER, "pad_token_id": 0}
-    # Answers to each prompt, and in all.
-    for (precision, theirs), answers, rows in itertools.product(
-        zip(PRECISIONS, (model, half), strict=True), (1, 8), (16, 64)
-    ):
-        envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
-        seeds = [row // answers for row in range(rows)]
-        prompts = after(torch.as_tensor(envs.reset(seed=seeds)[0]["prompt"][::answers]))
-        runs = {
-            "generate": lambda p=prompts, m=theirs, a=answers: m.generate(
-                p, attention_mask=torch.ones_like(p), num_return_sequences=a, **settings
-            ),
-            "collect": lambda e=envs, s=seeds, g=generator, a=answers: collect(policy, e, s, 1, g, group=a),
-        }
-        with policy.in_precision(precision):
-            apart = unlike(policy, theirs, prompts)
-            print(f"log-probabilities after the prompt differ by {apart:.0e} at most")
+    for precision, theirs in zip(PRECISIONS, (model, half), strict=True):
+        in_precision(policy, precision)
+        for answers, rows in itertools.product((1, 8), (16, 64)):  # to each prompt, and in all
+            envs, generator = Words(rows, PROMPT - 1), torch.Generator().manual_seed(0)
+            seeds = [row // answers for row in range(rows)]
+            prompts = after(torch.as_tensor(envs.reset(seed=seeds)[0]["prompt"][::answers]))
+            print(
+                f"log-probabilities after the prompt differ by {unlike(policy, theirs, prompts):.0e} at most"
+            )
+            runs = {
+                "generate": lambda p=prompts, m=theirs, a=answers: m.generate(
+                    p, attention_mask=torch.ones_like(p), num_return_sequences=a, **settings
+                ),
+                "collect": lambda e=envs, s=seeds, g=generator, a=answers: collect(
+                    policy, e, s, 1, g, group=a
+                ),
+            }
             title = f"rollout of {rows} x {ANSWER} words, {answers} to a prompt, {precision}"
             report(title, medians(runs, repeats), {"collect": "1.2x"})
 

@@ -165,22 +165,22 @@ def test_one_observation_has_nothing_to_be_fused_with():
 
 def test_weights_in_half_precision_are_cast_once_in_a_rollout_and_anew_when_they_change():
     policy = make_policy()
+    policy.precision = policy.extractor.precision = "bfloat16"
     episodes = make_episodes(policy, [5, 1, 3, 5])
-    with policy.in_precision("bfloat16"):
-        assert policy.cache(4).halved is None
-        cache = policy.cache(4, rollout=True)
-        for _ in range(2):
-            each, once = played(policy, episodes), played(policy, episodes, cache)
-            assert torch.equal(each[0], once[0]) and torch.equal(each[1], once[1])
-            copies = list(cache.halved.copies)
-            assert played(policy, episodes, cache.take(torch.arange(4)))[1].equal(each[1])
-            assert list(cache.halved.copies) == copies  # still the same
-            with torch.no_grad():
-                for weight in policy.blocks.parameters():
-                    weight.mul_(1.5)
-            assert not torch.equal(played(policy, episodes)[1], each[1])
+    assert policy.cache(4).halved is None
+    cache = policy.cache(4, rollout=True)
+    for _ in range(2):
+        each, once = played(policy, episodes), played(policy, episodes, cache)
+        assert torch.equal(each[0], once[0]) and torch.equal(each[1], once[1])
+        copies = list(cache.halved.copies)
+        assert played(policy, episodes, cache.take(torch.arange(4)))[1].equal(each[1])
+        assert list(cache.halved.copies) == copies  # still the same
+        with torch.no_grad():
+            for weight in policy.blocks.parameters():
+                weight.mul_(1.5)
+        assert not torch.equal(played(policy, episodes)[1], each[1])
     assert all(weight.dtype == torch.float32 for weight in policy.parameters())
-    assert policy.precision == policy.extractor.precision == "float32"
+    policy.precision = policy.extractor.precision = "float32"
     assert policy.cache(4, rollout=True).halved is None
 
 

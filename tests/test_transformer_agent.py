@@ -94,6 +94,9 @@ def test_what_an_agent_answers_does_not_depend_on_the_precision_it_learns_in():
     assert not torch.equal(played[0].log_probs[:, 0], played[1].log_probs[:, 0])
     np.testing.assert_array_equal(*said)
     assert agents[1].policy.precision == agents[1].policy.extractor.precision == "bfloat16"
+    other = agents[1].policy.in_float32()
+    assert other.precision == other.extractor.precision == "float32"
+    assert all(a is b for a, b in zip(other.parameters(), agents[1].policy.parameters(), strict=True))
 
 
 def test_callbacks_and_logs(tmp_path):

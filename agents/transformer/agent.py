@@ -363,8 +363,8 @@ class TransformerAgent:
     ) -> tuple[npt.NDArray[Any], Playing]:
         """Actions for a batch of observations, or for one without a batch axis, and the state to hand back.
 
-        It computes in float32, so that what an agent answers depends neither on the precision it learned in nor on
-        the machine.
+        It computes in float32, so that what an agent answers doesn't depend on the precision it learns in, and on the
+        machine by rounding alone.
 
         Args:
             observation: as the environment gives it; pictures may be channels first, as for Stable-Baselines3.
@@ -377,14 +377,14 @@ class TransformerAgent:
         Raises:
             ValueError: an observation that lacks a name, or doesn't fit the space or the state.
         """
-        names = (*self.policy.fixed, *self.policy.changing)
+        policy = self.policy.in_float32()
+        names = (*policy.fixed, *policy.changing)
         arrays, single = batched(observation, names, self.observation_space)
         n = len(arrays[names[0]])
         starts = torch.ones(n, dtype=torch.bool)
         if state is None:
-            nothing = torch.zeros((n, self.policy.actor.size), dtype=self.policy.actor.dtype)
-            with self.policy.in_precision("float32"):
-                state = Playing(self.policy.cache(n), nothing)
+            nothing = torch.zeros((n, policy.actor.size), dtype=policy.actor.dtype)
+            state = Playing(policy.cache(n), nothing)
         elif not isinstance(state, Playing) or state.cache.rows != n:
             raise ValueError(f"state must be what predict returned for {n} rows, got {type(state).__name__}")
         else:
@@ -396,12 +396,9 @@ class TransformerAgent:
         if action_masks is not None:
             masks = torch.as_tensor(np.asarray(action_masks, np.bool_).reshape(n, -1), device=self.device)
         seen, previous = as_tensors(arrays, names, self.device), state.previous.to(self.device)
-        with self.policy.in_precision("float32"):
-            described, _ = self.policy.step(state.cache, seen, previous, starts, masks)
-        state.previous = self.policy.actor.sample(
-            described.cpu(), None if deterministic else self._predicting
-        )
-        actions = self.policy.actor.to_env(state.previous)
+        described, _ = policy.step(state.cache, seen, previous, starts, masks)
+        state.previous = policy.actor.sample(described.cpu(), None if deterministic else self._predicting)
+        actions = policy.actor.to_env(state.previous)
         return (actions[0] if single else actions), state
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -27,6 +27,7 @@ Three calls, and all that an algorithm needs::
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -154,15 +155,13 @@ class TransformerPolicy(nn.Module):
     def device(self) -> torch.device:
         return self.start.device
 
-    @contextmanager
-    def in_precision(self, precision: Precision) -> Iterator[None]:
-        """Within, another ``precision`` than that of the policy. A cache belongs to the one it was made in."""
-        before = self.precision
-        self.precision = self.extractor.precision = precision
-        try:
-            yield
-        finally:
-            self.precision = self.extractor.precision = before
+    def in_float32(self) -> TransformerPolicy:
+        """A policy on the same weights that multiplies in float32; this one isn't changed, whoever else uses it."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.extractor = copy.copy(self.extractor)
+        other.precision = other.extractor.precision = "float32"
+        return other
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Any]]:

@@ -10,5 +10,5 @@ from numba import njit
 kernel = njit(cache=True, nogil=True, _nrt=False)  # type: ignore[call-overload]
 
 # What kernels are made of. A call would hand over every field of every array, a quarter of the time again. LLVM does the
-# inlining: with numba's own, ``inline="always"``, each place is typed anew, and all takes 1.6 times as long to compile.
+# inlining: with numba's own, ``inline="always"``, each place is typed anew, which takes several times as long to compile.
 inlined = njit(forceinline=True, _nrt=False)  # type: ignore[call-overload]

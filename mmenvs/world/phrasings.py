@@ -160,7 +160,7 @@ def fill_rows(words: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], streams
 
 @kernel
 def write_rows(filler, words, rows: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
-    """Write the filler and the question of each of ``rows`` into ``out[rows]``, ``(n, filler + LENGTH)``."""
+    """Write the filler and the question of each of ``rows`` into ``out[rows]``, ``(n, filler + LENGTH)``, unchecked."""
     for i in rows:
         for k in range(filler.shape[1]):
             out[i, k] = filler[i, k]
