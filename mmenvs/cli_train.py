@@ -221,8 +221,11 @@ def pretrain_policy(
         total,
         out,
         say,
-        command("train", id, "--agent", "transformer", "--algo", "grpo", "--init", out),
-    )
+        command(
+            "train", id, "--agent", "transformer", "--algo", "grpo", "--init", out,
+            *(("--difficulty", difficulty) if env_kwargs["difficulty"] else ()),
+        ),
+    )  # fmt: skip
 
 
 @app.command()

@@ -99,6 +99,21 @@ def test_what_an_agent_answers_does_not_depend_on_the_precision_it_learns_in():
     assert all(a is b for a, b in zip(other.parameters(), agents[1].policy.parameters(), strict=True))
 
 
+def test_observations_of_one_call_have_one_batch_size():
+    agent = make_agent()
+    whole, _ = gym.make_vec(VQA, num_envs=4, **SMALL).reset(seed=0)
+    for image, question, told in (
+        (whole["image"][:2], whole["question"], "image 2, question 4"),
+        (whole["image"], whole["question"][:2], "image 4, question 2"),
+        (whole["image"][0], whole["question"], "image none, question 4"),
+        (whole["image"][:1], whole["question"][0], "image 1, question none"),
+    ):
+        with pytest.raises(ValueError, match=f"must have one batch size, got {told}"):
+            agent.predict({"image": image, "question": question})
+    with pytest.raises(ValueError, match="episode_start must hold 4 bools"):
+        agent.predict(whole, episode_start=np.array([True]))
+
+
 def test_callbacks_and_logs(tmp_path):
     agent = make_agent()
     agent.learn(10_000, lambda agent: agent.iteration < 2, out=tmp_path)

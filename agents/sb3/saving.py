@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -39,9 +40,11 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     distinct = {name: weights[name] for name in set(_first_names(weights).values())}
     with replacing(path / f"weights_{steps}.safetensors") as file:
         file.write_bytes(pack(distinct))
-    state = agent.policy.optimizer.state_dict()
+    # In memory first: PyTorch doesn't say that a disk is full.
+    state = io.BytesIO()
+    torch.save(agent.policy.optimizer.state_dict(), state)
     with replacing(path / f"optimizer_{steps}.pt") as file:
-        torch.save(state, file)
+        file.write_bytes(state.getbuffer())
     settings = asdict(replace(settings_of(agent), env_kwargs={}))
     # The command line keeps the name of a reader of real data.
     settings["env_kwargs"], handed = kept_arguments(settings_of(agent).env_kwargs)

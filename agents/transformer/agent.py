@@ -381,17 +381,16 @@ class TransformerAgent:
         names = (*policy.fixed, *policy.changing)
         arrays, single = batched(observation, names, self.observation_space)
         n = len(arrays[names[0]])
-        starts = torch.ones(n, dtype=torch.bool)
+        new = state is None
         if state is None:
             nothing = torch.zeros((n, policy.actor.size), dtype=policy.actor.dtype)
             state = Playing(policy.cache(n), nothing)
         elif not isinstance(state, Playing) or state.cache.rows != n:
             raise ValueError(f"state must be what predict returned for {n} rows, got {type(state).__name__}")
-        else:
-            begins = np.zeros(n, np.bool_) if episode_start is None else np.array(episode_start, np.bool_)
-            if begins.size != n:
-                raise ValueError(f"episode_start must hold {n} bools, got shape {begins.shape}")
-            starts = torch.as_tensor(begins.reshape(n))
+        begins = np.zeros(n, np.bool_) if episode_start is None else np.array(episode_start, np.bool_)
+        if begins.size != n:
+            raise ValueError(f"episode_start must hold {n} bools, got shape {begins.shape}")
+        starts = torch.as_tensor(begins.reshape(n) | new)
         masks = None
         if action_masks is not None:
             masks = torch.as_tensor(np.asarray(action_masks, np.bool_).reshape(n, -1), device=self.device)

@@ -237,14 +237,14 @@ def batched(
     """Observations with a batch axis, pictures channels last, and whether they came without the axis."""
     if not isinstance(observation, Mapping):
         raise TypeError(f"observation must be a dict of {', '.join(names)}, got {type(observation).__name__}")
-    arrays, single = {}, False
+    arrays, alone = {}, {}
     for name in names:
         if name not in observation:
             raise ValueError(f"observation lacks {name!r}; it needs {', '.join(names)}")
         part: Any = space[name]
         array, shape = np.asarray(observation[name]), part.shape
-        single = array.ndim == len(shape)
-        array = array[None] if single else array
+        alone[name] = array.ndim == len(shape)
+        array = array[None] if alone[name] else array
         if len(shape) == 3 and array.shape[1:] == (shape[2], *shape[:2]) != shape:
             array = array.transpose(0, 2, 3, 1)
         if array.shape[1:] != shape:
@@ -252,7 +252,10 @@ def batched(
                 f"observation[{name!r}] must be (B, {', '.join(map(str, shape))}), got {array.shape}"
             )
         arrays[name] = array
-    return arrays, single
+    told = ", ".join(f"{name} {'none' if alone[name] else len(array)}" for name, array in arrays.items())
+    if len({(alone[name], len(array)) for name, array in arrays.items()}) > 1:
+        raise ValueError(f"observations must have one batch size, got {told}")
+    return arrays, alone[names[0]]
 
 
 def check_envs(envs: Any) -> None:
