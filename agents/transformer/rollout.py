@@ -252,8 +252,8 @@ def batched(
                 f"observation[{name!r}] must be (B, {', '.join(map(str, shape))}), got {array.shape}"
             )
         arrays[name] = array
-    told = ", ".join(f"{name} {'none' if alone[name] else len(array)}" for name, array in arrays.items())
     if len({(alone[name], len(array)) for name, array in arrays.items()}) > 1:
+        told = ", ".join(f"{name} {'none' if alone[name] else len(array)}" for name, array in arrays.items())
         raise ValueError(f"observations must have one batch size, got {told}")
     return arrays, alone[names[0]]
 

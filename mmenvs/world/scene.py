@@ -189,7 +189,7 @@ def finish(scenes: Scenes, i: int, streams, row: int, level: Level) -> None:
     scenes.noise_key[i] = draw(streams, row)
 
 
-@kernel
+@inlined
 def sample(scenes: Scenes, i: int, streams, row: int, level: Level, split: int) -> None:
     """Draw scene ``i`` of the split from stream ``row``."""
     while True:
