@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv
 
 from mmenvs.benchmark.stats import bootstrap
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import check_env_kwargs, check_flag, integer_in, one_of
 from mmenvs.registry import task_class
 from mmenvs.vector import MultimodalVectorEnv
 from mmenvs.world.scene import SPLITS
@@ -128,7 +128,8 @@ def evaluate(
         split: ``"train"``, ``"val"``, ``"test"`` or ``"compositional"``.
         episodes: number of episodes, at least 1.
         num_envs: rows played side by side.
-        env_kwargs: further arguments of the environment, such as ``difficulty``.
+        env_kwargs: further arguments of the environment, such as ``difficulty``; a split among them, as in those that
+            an agent was trained with, gives way to ``split``.
         seed: names the episodes; it also seeds the baselines and the bootstrap.
         deterministic: handed to ``predict``.
         wrap: makes what the agent sees out of the native environment, for example
@@ -142,6 +143,8 @@ def evaluate(
     one_of("split", split, SPLITS)
     integer_in("episodes", episodes, 1, 10**9)
     integer_in("seed", seed, 0, 2**63)
+    check_flag("deterministic", deterministic)
+    check_env_kwargs(env_kwargs)
     num_envs = min(integer_in("num_envs", num_envs, 1, 2**20), episodes)
     begin = time.perf_counter()
     made = gym.make_vec(id, num_envs=num_envs, **{**(env_kwargs or {}), "split": split})

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from torch import Tensor
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import integer_in, number_in
 
 # Weight of the value's error against that of the policy (Oh et al. 2018, section 4).
 VALUE_WEIGHT = 0.01
@@ -88,11 +88,7 @@ class SelfImitationPPO(PPO):
     def __init__(
         self, *arguments: Any, imitation: float = 0.0, memory_mb: int = 512, **keywords: Any
     ) -> None:
-        if isinstance(imitation, bool) or not isinstance(imitation, int | float):
-            raise TypeError(f"imitation must be a number of at least 0, got {imitation!r}")
-        if not 0 <= imitation < np.inf:
-            raise ValueError(f"imitation must be a number of at least 0, got {imitation!r}")
-        self.imitation = float(imitation)
+        self.imitation = number_in("imitation", imitation, 0, 1e6)
         self.memory_mb = integer_in("memory_mb", memory_mb, 1, 2**20)
         super().__init__(*arguments, **keywords)
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gymnasium import spaces
 
+from mmenvs.checks import integer_in, number_in
 from mmenvs.embeddings.encoders import encoders_fitting
 from mmenvs.registry import task_class
 
 # Encodes what doesn't change within an episode, unless an agent is asked to look in another way: on both tasks of
 # docs/results/compare it beats encoders trained from pixels.
 ENCODER = "shapes"
+# Arguments of algorithms that Stable-Baselines3 takes as they are: whole numbers with the lowest, ...
+_WHOLE = {
+    "n_steps": 1, "batch_size": 1, "n_epochs": 1, "buffer_size": 1, "learning_starts": 0, "train_freq": 1,
+    "gradient_steps": -1, "target_update_interval": 1, "cg_max_steps": 1, "n_critic_updates": 1,
+    "line_search_max_iter": 1,
+}  # fmt: skip
+# ... numbers from 0 with the highest, ...
+_NUMBERS = {
+    "gamma": 1, "gae_lambda": 1, "clip_range": 1e6, "clip_range_vf": 1e6, "target_kl": 1e6, "vf_coef": 1e6,
+    "max_grad_norm": 1e6, "exploration_fraction": 1, "exploration_initial_eps": 1, "exploration_final_eps": 1,
+    "tau": 1, "rms_prop_eps": 1e6, "cg_damping": 1e6, "line_search_shrinking_factor": 1,
+}  # fmt: skip
+# ... of which these may be None.
+_OPTIONAL = ("clip_range_vf", "target_kl")
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,37 @@ class Recipe:
     features_dim: int = 256
     net_arch: tuple[int, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        integer_in("num_envs", self.num_envs, 1, 2**24)
+        number_in("learning_rate", self.learning_rate, 0, 1e6)
+        integer_in("features_dim", self.features_dim, 1, 2**16)
+        if not isinstance(self.net_arch, list | tuple):
+            raise TypeError(
+                f"net_arch must be the sizes of hidden layers, such as (64, 64), got {self.net_arch!r}"
+            )
+        for number, size in enumerate(self.net_arch):
+            integer_in(f"net_arch[{number}]", size, 1, 2**16)
+        if hasattr(self, "ent_coef"):
+            number_in("ent_coef", self.ent_coef, 0, 1e6)
+        for name, value in self.arguments.items():
+            if name in _WHOLE:
+                integer_in(name, value, _WHOLE[name], 2**53)
+            elif name in _NUMBERS and not (name in _OPTIONAL and value is None):
+                number_in(name, value, 0, _NUMBERS[name])
+            else:
+                _check_kept(name, value)
+
+
+def _check_kept(name: str, value: Any) -> None:
+    """Refuse what the agent can't be saved with."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a number, a text, None, or a dict or list of these, which can be saved with the "
+            f"agent, got {value!r}"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,26 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 from xxhash import xxh3_64
 
+from mmenvs.embeddings.encoders import HUGGING_FACE
+from mmenvs.embeddings.joint import PREFIX
+from mmenvs.embeddings.pretrained import Pretrained
+
 _CHECKSUM = "xxh3_64"
+
+
+def anchored(encoder: str | Pretrained) -> str | Pretrained:
+    """An encoder whose folder or file is named by its whole path, so that an agent that has it loads from anywhere."""
+    if isinstance(encoder, Pretrained):
+        return replace(encoder, source=whole_path(encoder.source))
+    for prefix in (PREFIX, HUGGING_FACE):
+        if encoder.startswith(prefix):
+            return prefix + whole_path(encoder.removeprefix(prefix))
+    return encoder
+
+
+def whole_path(name: str) -> str:
+    """The absolute path of what is there; any other name, such as one at Hugging Face, as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def kept_arguments(env_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -351,7 +351,7 @@ def _read_settings(folder: Path) -> tuple[VLMSettings, int]:
         found = document["format"]
         if found != FORMAT:
             raise ValueError(f"it has format {found!r}, this version reads format {FORMAT}")
-        return VLMSettings(**document["settings"]), int(document["steps"])
+        return VLMSettings(**document["settings"]), integer_in("steps", document["steps"], 0, 10**15)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{problem}{SETTINGS} is damaged: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,26 @@ def integer_in(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def number_in(name: str, value: Any, low: float, high: float) -> float:
+    """``value`` as a float if it is a number in [low, high], else an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value}")
+    return float(value)
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def check_env_kwargs(env_kwargs: Any) -> None:
+    """That these can be arguments of an environment."""
+    if env_kwargs is not None and not isinstance(env_kwargs, Mapping):
+        raise TypeError(f"env_kwargs must be a dict of arguments of the environment, got {env_kwargs!r}")
 
 
 def check_image_size(value: Any) -> int:
@@ -40,8 +56,4 @@ def check_image_size(value: Any) -> int:
 
 def check_seconds(value: Any) -> float:
     """A length of sound from 0.5 to 2 seconds."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"seconds must be a number from 0.5 to 2, got {value!r}")
-    if not 0.5 <= value <= 2.0:
-        raise ValueError(f"seconds must be from 0.5 to 2, got {value}")
-    return float(value)
+    return number_in("seconds", value, 0.5, 2.0)

@@ -35,6 +35,7 @@ from mmenvs.cli_app import (
     open_source,
     parse_difficulty,
     parse_steps,
+    path,
     print_results,
     user_errors,
 )
@@ -73,7 +74,9 @@ def describe(id: Id) -> None:
 @app.command()
 def show(
     id: Id,
-    out: Annotated[Path, typer.Option(help="File that ends in .png, .gif or .mp4; MP4 has sound.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="File that ends in .png, .gif or .mp4; MP4 has sound.")
+    ],
     episodes: Annotated[int, typer.Option(min=1, max=1000, help="How many episodes.")] = 8,
     agent: Annotated[str, typer.Option(help="oracle, random or the folder of a trained agent.")] = "oracle",
     split: Split = "test",
@@ -92,7 +95,14 @@ def show(
         if source is not None:
             env_kwargs["source"] = open_source(source, id)
         player: Any = agent
-        if agent not in ("oracle", "random"):
+        if agent in ("oracle", "random"):
+            if device != "auto":
+                agents("sb3").resolve_device(device)
+        else:
+            if not Path(agent).is_dir():
+                raise FileNotFoundError(
+                    f"no agent in {agent!r}: agent must be oracle, random or the folder of a trained one"
+                )
             if (Path(agent) / "vlm.json").is_file():
                 raise ValueError(
                     f"agent={agent!r} is a vision-language model, which 'mmenvs evaluate' plays, not 'show'"
@@ -106,7 +116,10 @@ def show(
             player = importlib.import_module(f"{whose}.watch").Watched(player)
         env = gym.make(id, render_mode="rgb_array", **env_kwargs)
         out_folder(out.parent)
-    ends_only = out.suffix.lower() == ".png"
+        ends_only = out.suffix.lower() == ".png"
+        if ends_only:
+            env.reset(seed=seed)
+            media.check_sheet(np.asarray(env.render()), episodes)
     frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
     env.close()
     with user_errors():
@@ -179,7 +192,7 @@ def evaluate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for what it leaves.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for what it leaves.")] = Path("runs/demo"),
     steps: Annotated[str | None, typer.Option(help="Steps of training, such as 50k.")] = None,
     short: Annotated[bool, typer.Option(help="4,096 steps of training only, to see that it runs.")] = False,
     device: Device = "auto",

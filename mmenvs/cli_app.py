@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmenvs import __version__
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -25,14 +28,37 @@ app = typer.Typer(
 TRANSFORMER = "transformer"
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
+
+def path(text: str | Path) -> Path:
+    """An option that is a path: an empty one, as of a shell's variable that isn't set, would be the present folder."""
+    if text == "":
+        raise typer.BadParameter("it must be the path of a file or a folder, got ''")
+    return Path(text)
+
+
 Id = Annotated[str, typer.Argument(metavar="ID", help="Environment, such as MMRL/VQA-v0; see 'mmenvs list'.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained agent.")]
+Folder = Annotated[Path, typer.Argument(parser=path, metavar="DIR", help="Folder of a trained agent.")]
 Split = Annotated[str, typer.Option(help="train, val, test or compositional.")]
 Seed = Annotated[int, typer.Option(min=0, help="Names the episodes.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Source = Annotated[
     str | None, typer.Option(help="Real data in place of the world: vqav2:FOLDER or coco:FOLDER.")
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mmenvs {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
@@ -98,6 +124,12 @@ def open_source(text: str, id: str) -> Any:
     from mmenvs import datasets
 
     return datasets.open_source(text, id)
+
+
+def whole_source(text: str) -> str:
+    """``--source`` with the whole path of its folder, so that an agent that was trained on it loads from anywhere."""
+    reader, colon, place = text.partition(":")
+    return f"{reader}:{os.path.abspath(place)}" if colon and place else text
 
 
 def load_agent(

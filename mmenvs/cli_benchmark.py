@@ -15,7 +15,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from mmenvs.cli_app import Device, Id, app, command, parse_difficulty, parse_list, parse_steps, user_errors
+from mmenvs.cli_app import (
+    Device,
+    Id,
+    app,
+    command,
+    parse_difficulty,
+    parse_list,
+    parse_steps,
+    path,
+    user_errors,
+)
 
 _LAST = 8  # finished runs that the live table shows
 _TABLE = 80  # columns of a terminal that it fits into
@@ -49,10 +59,12 @@ def benchmark(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many runs of each; default is the suite's.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=path, help="Folder for the results.")] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on in this folder with its settings; options that are given change them."),
+        typer.Option(
+            parser=path, help="Go on in this folder with its settings; options that are given change them."
+        ),
     ] = None,
     steps: Annotated[
         str | None, typer.Option(help="Steps of training in place of the suite's budgets.")
@@ -126,8 +138,10 @@ def benchmark(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that 'mmenvs benchmark' wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+    folder: Annotated[
+        Path, typer.Argument(parser=path, metavar="DIR", help="Folder that 'mmenvs benchmark' wrote.")
+    ],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the report.")] = Path("report"),
 ) -> None:
     """Leaderboard, curves, comparisons and episodes of a benchmark: one HTML page, Markdown, CSV and SVG."""
     from mmenvs.benchmark import results
@@ -140,7 +154,9 @@ def report(
 @app.command()
 def tune(
     id: Id,
-    out: Annotated[Path, typer.Option(help="Folder for the trials and best.json; a search there goes on.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder for the trials and best.json; a search there goes on.")
+    ],
     agent: Annotated[
         str, typer.Option(help="ppo, a2c, dqn; with sb3-contrib trpo, recurrent_ppo, qrdqn.")
     ] = "ppo",

@@ -25,6 +25,7 @@ from mmenvs.cli_app import (
     parse_difficulty,
     parse_list,
     parse_steps,
+    path,
     user_errors,
 )
 from mmenvs.files import check_out
@@ -35,7 +36,7 @@ Number = TypeVar("Number", int, float)
 
 @app.command()
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Folder for weights, state and TensorBoard logs.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for weights, state and TensorBoard logs.")],
     modalities: Annotated[
         str | None, typer.Option(help="image and one or both of text, audio; default all.")
     ] = None,
@@ -99,7 +100,7 @@ def embed(
         int | None,
         typer.Option(help="Scenes of the pool, pool_size= of the environment; 50000 without a source."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("cache"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder of the cache.")] = Path("cache"),
     embedding: Annotated[
         str, typer.Option(help="shapes, joint:DIR, or the folder of a trained agent.")
     ] = "shapes",
@@ -211,7 +212,9 @@ def compare(
     embeddings: Annotated[
         str, typer.Option(help="ENCODER+FUSION, such as cnn+concat,shapes+transformer,hf:NAME+gated.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for rows and report; what it holds isn't run again.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder for rows and report; what it holds isn't run again.")
+    ],
     algorithms: Annotated[str, typer.Option("--agents", help="Algorithms, such as ppo,a2c.")] = "ppo",
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each.")] = 3,
     steps: Annotated[str, typer.Option(help="Steps of training; several budgets: 50k,200k.")] = "200k",

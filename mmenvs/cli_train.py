@@ -26,7 +26,9 @@ from mmenvs.cli_app import (
     open_source,
     parse_difficulty,
     parse_steps,
+    path,
     user_errors,
+    whole_source,
 )
 from mmenvs.files import check_out, locked, out_folder
 from mmenvs.registry import task_class
@@ -73,7 +75,7 @@ def train(
     ] = None,
     device: Device = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for agent and logs; default runs/ID_AGENT_SEED.")
+        Path | None, typer.Option(parser=path, help="Folder for agent and logs; default runs/ID_AGENT_SEED.")
     ] = None,
     difficulty: Annotated[str | None, typer.Option(help="0 (default) to 3.")] = None,
     split: Annotated[str | None, typer.Option(help="train (default), val, test or compositional.")] = None,
@@ -96,7 +98,8 @@ def train(
         ),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Folder of a transformer agent to begin with, see 'pretrain-policy'.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of a transformer agent to begin with, see 'pretrain-policy'."),
     ] = None,
     kl: Annotated[
         float | None, typer.Option(help="Weight of the divergence from the transformer as it was at first.")
@@ -140,7 +143,7 @@ def train(
             saved["num_envs"] = model.n_envs
             saved["curriculum"] = getattr(model.settings, "curriculum", None) is not None
             trunk = getattr(model.settings, "backbone", None)
-            asked |= {"backbone": backbone, "lora": lora}
+            asked |= {"backbone": backbone and agents("saved").whole_path(backbone), "lora": lora}
             saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
             for name, value in asked.items():
                 if value not in (None, saved[name]):
@@ -184,6 +187,9 @@ def train(
         out_folder(out, "agent")
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
+    if init is not None:
+        before, at = agents("transformer.saving").policy_settings(init)["trained_on"]
+        say(f"its policy is at first that of {init}, trained on {before} at difficulty {at}")
     again: list[object] = [] if device == "auto" else ["--device", device]
     again += [] if watch is None else ["--watch", watch]
     finish(model, total, out, say, command("evaluate", out), alarm, again=[*again, *["--compile"] * compile])
@@ -192,7 +198,7 @@ def train(
 @app.command("pretrain-policy")
 def pretrain_policy(
     id: Id,
-    out: Annotated[Path, typer.Option(help="Folder for the agent and its logs.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the agent and its logs.")],
     steps: Annotated[str, typer.Option(help="Steps of the oracle to learn from, such as 200k.")] = "100k",
     size: Annotated[str, typer.Option(help="Of the transformer: nano, small, base.")] = "nano",
     encoder: Annotated[str | None, typer.Option(help="As for 'train'.")] = None,
@@ -230,8 +236,10 @@ def pretrain_policy(
 
 @app.command()
 def distill(
-    teacher: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained transformer agent.")],
-    out: Annotated[Path, typer.Option(help="Folder for the student and its logs.")],
+    teacher: Annotated[
+        Path, typer.Argument(parser=path, metavar="DIR", help="Folder of a trained transformer agent.")
+    ],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the student and its logs.")],
     size: Annotated[str, typer.Option(help="Of the student: nano, small, base.")] = "nano",
     steps: Annotated[str, typer.Option(help="Steps of the environment, such as 1e6 or 200k.")] = "1e6",
     encoder: Annotated[
@@ -299,7 +307,7 @@ def make_agent(
             arguments["num_envs"] = num_envs
         model = agents("sb3").make_agent(algo, id, fusion=fusion or "cross_attention", **arguments)
     if source is not None:
-        model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": source})
+        model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": whole_source(source)})
     return model
 
 

@@ -17,8 +17,10 @@ from mmenvs.cli_app import (
     command,
     parse_difficulty,
     parse_steps,
+    path,
     print_results,
     user_errors,
+    whole_source,
 )
 from mmenvs.files import replacing
 from mmenvs.registry import task_class
@@ -28,7 +30,7 @@ from mmenvs.registry import task_class
 def finetune_vlm(
     id: Id,
     model: Annotated[str, typer.Option(help="Folder or Hugging Face name of a vision-language model.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model, its settings and its log.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the model, its settings and its log.")],
     algo: Annotated[str, typer.Option(help="sft, grpo, rloo, dpo or ppo.")] = "grpo",
     lora: Annotated[int, typer.Option(help="Rank of the adapters; 0 trains all weights.")] = 16,
     steps: Annotated[str, typer.Option(help="Updates, such as 200 or 2k.")] = "200",
@@ -56,7 +58,7 @@ def finetune_vlm(
         task_class(id)
         env_kwargs: dict[str, Any] = {"difficulty": parse_difficulty(difficulty)}
         if source is not None:
-            env_kwargs["source"] = source
+            env_kwargs["source"] = whole_source(source)
         serving = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": vllm}
         settings = agent.VLMSettings(
             id=id,

@@ -25,8 +25,9 @@ def new_seed(generator: np.random.Generator) -> int:
 
 
 def seed_word(seed: int) -> np.uint64:
-    """A seed of any size as the 64 bits that key the streams."""
-    return np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    """A seed of any size as the 64 bits that key the streams: itself, or a hash of one that is larger."""
+    seed = int(seed)
+    return np.uint64(seed) if seed < 2**64 else np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
 
 
 def check_options(options: dict[str, Any] | None, allowed: tuple[str, ...]) -> None:
@@ -61,6 +62,7 @@ def load_and_check(task: str | type[Task], num_envs: int, text: str, kwargs: dic
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             known = [name for name in inspect.signature(cls).parameters if name != "num_envs"]
+            known += ["text", "render_mode"]
             raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(known)}") from None
         raise
 
@@ -122,7 +124,8 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
         """
         if not self._running:
             raise gym.error.ResetNeeded("the episode has ended or not begun: call reset() before step()")
-        if not self.action_space.contains(action):
+        # To Gymnasium a bool is an integer; the vector environment refuses an array of them, too.
+        if isinstance(action, bool) or not self.action_space.contains(action):
             raise gym.error.InvalidAction(
                 f"action must be an integer from 0 to {self.action_space.n - 1}, got {action!r}"
             )

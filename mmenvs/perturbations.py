@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import integer_in, number_in, one_of
 from mmenvs.embeddings.keys import hash_rows
 from mmenvs.text import END, PAD, START, UNKNOWN
 
@@ -135,10 +135,7 @@ def perturb(
     one_of("modality", modality, tuple(observation))
     perturbation, rows = PERTURBATIONS[name], observation[modality]
     strength = perturbation.strength if strength is None else strength
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise TypeError(f"strength must be a number from 0 to {perturbation.highest:g}, got {strength!r}")
-    if not 0 <= strength <= perturbation.highest:
-        raise ValueError(f"strength must be from 0 to {perturbation.highest:g}, got {strength}")
+    number_in("strength", strength, 0, perturbation.highest)
     kind = _kind(rows)
     if kind not in perturbation.kinds:
         raise ValueError(

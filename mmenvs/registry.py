@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import parse_env_id
 
 if TYPE_CHECKING:
     from mmenvs.tasks.base import Task
@@ -51,15 +52,23 @@ def register(
         id: Gymnasium id with a version, such as ``"MMRL/VQA-v0"``.
         task: a :class:`mmenvs.tasks.base.Task` subclass at the top of a module, or ``"module:Class"``.
         tags, kwargs, min_score, max_score: see :class:`Spec`.
+
+    Raises:
+        ValueError, TypeError, gymnasium.error.Error: if the id is taken, has no version or isn't of Gymnasium's form, or
+            the class isn't a whole task.
     """
     if id in SPECS:
         raise ValueError(f"id {id!r} is taken by {SPECS[id].task}; raise its version or choose another name")
+    if parse_env_id(id)[2] is None:
+        raise ValueError(f"id must end in a version, such as {id + '-v0'!r}, got {id!r}")
     if not isinstance(task, str):
-        missing = [
-            name for name in ("sample", "observe", "step", "info", "oracle") if not hasattr(task, name)
-        ]
+        from mmenvs.tasks.base import Task
+
+        if not (isinstance(task, type) and issubclass(task, Task)):
+            raise TypeError(f"task must be a subclass of mmenvs.tasks.base.Task, got {task!r}")
+        missing = sorted(task.__abstractmethods__)
         if missing:
-            raise TypeError(f"task must be a subclass of mmenvs.tasks.base.Task, {task!r} lacks {missing}")
+            raise TypeError(f"task must have all methods of a Task, {task!r} lacks {', '.join(missing)}")
     path = task if isinstance(task, str) else f"{task.__module__}:{task.__qualname__}"
     SPECS[id] = Spec(id, path, tuple(tags), dict(kwargs or {}), min_score, max_score)
     gym.register(

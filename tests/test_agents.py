@@ -1,6 +1,7 @@
 """Recipes, baselines, saving and loading, and that an agent learns."""
 
 import json
+import os
 import re
 
 import gymnasium as gym
@@ -10,7 +11,7 @@ import torch
 from mmenvs_agents.baselines import BASELINES, MostFrequentAgent, OracleAgent, RandomAgent
 from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.recipes import RECIPES
-from mmenvs_agents.sb3 import load, make_agent, resolve_device, save, train
+from mmenvs_agents.sb3 import load, make_agent, resolve_device, save, settings_of, train
 
 from mmenvs.embeddings import Pretrained
 from mmenvs.embeddings.joint import JointConfig, JointEmbedding, load_shapes, save_joint, weights_hash
@@ -145,7 +146,32 @@ def test_baselines_play():
         ({"visible": ("sound",)}, ValueError, "visible must name some of image, question"),
         ({"visible": ()}, ValueError, "visible"),
         ({"env_kwargs": {"difficulty": 7}}, ValueError, "difficulty"),
+        ({"env_kwargs": 3}, TypeError, "env_kwargs must be a dict of arguments of the environment, got 3"),
         ({"gamma": 2.0}, ValueError, "gamma must be from 0 to 1, got 2.0"),
+        ({"gae_lambda": "x"}, TypeError, "gae_lambda must be a number from 0 to 1, got 'x'"),
+        ({"ent_coef": "x"}, TypeError, "ent_coef must be a number from 0 to 1e+06, got 'x'"),
+        ({"ent_coef": float("nan")}, ValueError, "ent_coef must be from 0 to 1e+06, got nan"),
+        ({"learning_rate": -1e-3}, ValueError, "learning_rate must be from 0 to 1e+06, got -0.001"),
+        ({"num_envs": 0}, ValueError, "num_envs must be from 1 to"),
+        ({"features_dim": 1.5}, TypeError, "features_dim must be an integer from 1 to 65536, got 1.5"),
+        (
+            {"net_arch": "wide"},
+            TypeError,
+            "net_arch must be the sizes of hidden layers, such as (64, 64), got 'wide'",
+        ),
+        ({"net_arch": (64, 0)}, ValueError, "net_arch[1] must be from 1 to 65536, got 0"),
+        ({"n_epochs": 0}, ValueError, "n_epochs must be from 1 to"),
+        ({"n_steps": 0}, ValueError, "n_steps must be from 1 to"),
+        ({"n_steps": 1.5}, TypeError, "n_steps must be an integer from 1 to"),
+        ({"n_steps": 1, "num_envs": 1}, ValueError, "got batch_size=1 with num_envs=1 and n_steps=1"),
+        ({"batch_size": 1}, ValueError, "batch_size must be 2 at least"),
+        ({"clip_range": -1}, ValueError, "clip_range must be from 0 to 1e+06, got -1"),
+        ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be from 0 to 1e+06, got -1"),
+        ({"target_kl": "x"}, TypeError, "target_kl must be a number from 0 to 1e+06, got 'x'"),
+        ({"normalize_advantage": print}, TypeError, "normalize_advantage must be a number, a text, None, or"),
+        ({"algo": "dqn", "exploration_fraction": 2}, ValueError, "exploration_fraction must be from 0 to 1"),
+        ({"algo": "dqn", "train_freq": (4, "step")}, TypeError, "train_freq must be an integer from 1 to"),
+        ({"algo": "dqn", "buffer_size": 0}, ValueError, "buffer_size must be from 1 to"),
         ({"entropy": 0.1}, TypeError, "'entropy' must be of the recipe (ent_coef, features_dim"),
         ({"policy_kwargs": {}}, TypeError, "or of ppo (batch_size, clip_range"),
     ],
@@ -211,6 +237,13 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"don't fit the agent of settings.json; if another version"):
         load(tmp_path, "cpu")
+    for steps in (float("inf"), -1, "many"):
+        (tmp_path / "settings.json").write_text(json.dumps({**document, "steps": steps}))
+        with pytest.raises(ValueError, match=r"settings.json is damaged: it holds no settings of an agent"):
+            load(tmp_path, "cpu")
+    (tmp_path / "settings.json").write_text(json.dumps({**document, "agent": "transformer"}))
+    with pytest.raises(ValueError, match=r"it is a transformer agent, which TransformerAgent.load reads"):
+        load(tmp_path, "cpu")
     del document["settings"]["recipe"]
     (tmp_path / "settings.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"settings.json is damaged: it lacks 'recipe'$"):
@@ -244,6 +277,17 @@ def test_an_agent_of_another_joint_embedding_is_refused(tmp_path):
         load(folder, "cpu")
     write(0)
     load(folder, "cpu")
+
+
+def test_agents_load_from_another_folder_than_they_were_trained_in(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    save_joint(JointEmbedding(JointConfig(width=8, dim=8, text_depth=1)), tmp_path / "joint.safetensors", {})
+    for encoder in ("joint:joint.safetensors", "joint:."):
+        monkeypatch.chdir(tmp_path)
+        save(make_agent("ppo", VQA, encoders={"image": encoder}, **SMALL, **LITTLE["ppo"]), "agent")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        path = f"joint:{os.path.abspath('../' + encoder.removeprefix('joint:'))}"
+        assert settings_of(load("../agent", "cpu")).encoders == {"image": path}
 
 
 @pytest.mark.parametrize("steps", [0, -5, 1.5, "many"])

@@ -198,6 +198,8 @@ def test_a_plan_comes_back(tmp_path):
         ({"agents": ("blind:smell",)}, ValueError, "blind:<modality> must name one of image, text, audio"),
         ({"agents": ("transformer:best",)}, ValueError, "transformer:<algo> must be one of 'ppo', 'grpo'"),
         ({"agents": ("ppo", "ppo")}, ValueError, "agents holds 'ppo' twice"),
+        ({"agents": "ppo"}, TypeError, "agents must be a tuple of names, got 'ppo'"),
+        ({"embeddings": "cnn+concat"}, TypeError, "embeddings must be a tuple of names, got 'cnn.concat'"),
         ({"agents": ("blind", "blind")}, ValueError, "agents holds 'blind' twice"),
         ({"agents": ("blind", "blind:text")}, ValueError, "agents holds 'blind:text' twice"),
         ({"embeddings": ()}, ValueError, "embeddings must name at least one"),

@@ -274,6 +274,18 @@ def test_bad_steps(tmp_path, text):
     assert not (tmp_path / "a").exists()
 
 
+def test_the_version_is_told():
+    assert run("--version") == f"mmenvs {mmenvs.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("train", VQA, "--out"), ("show", VQA, "--out"), ("evaluate",), ("benchmark", "--resume"), ("report",)],
+)
+def test_an_empty_path_is_not_the_present_folder(command):
+    assert "it must be the path of a file or a folder, got ''" in run(*command, "", code=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -285,6 +297,15 @@ def test_bad_steps(tmp_path, text):
         (f"show {VQA} --out {{}}/a.png --difficulty 4", "difficulty must be 0, 1, 2 or 3, got '4'"),
         (f"show {VQA} --out {{}}/a.png --difficulty hard", "difficulty must be 0, 1, 2 or 3, got 'hard'"),
         (f"show {VQA} --out {{}}/a.png --agent {{}}/missing", "no agent in"),
+        (f"show {VQA} --out {{}}/a.png --agent Oracle", "agent must be oracle, random or the folder of"),
+        (
+            f"show {VQA} --out {{}}/a.png --agent random --device tpu",
+            "device must be 'auto', 'cpu' or 'cuda'",
+        ),
+        (
+            f"show {VQA} --out {{}}/a.png --episodes 1000",
+            "a .png holds at most 284 frames of 776 x 362 pixels, got",
+        ),
         (f"show {VQA} --out {__file__}/a.png", "out must be a folder, "),
         (f"embed {VQA} --pool-size 2 --set num_envs=3 --out {{}}/c", "a pool has no num_envs"),
         (f"embed {VQA} --pool-size 2 --out {__file__}/c", "can't be made a folder: Not a directory"),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmenvs
+from mmenvs.env import seed_word
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import Task
 from mmenvs.world.scene import SPLITS
@@ -209,7 +210,7 @@ def test_bad_settings_are_named(id, kwargs, error, says):
 
 
 @every_id
-@pytest.mark.parametrize("action", [-1, 10**6, 0.5, float("nan"), "yes", None, [0]])
+@pytest.mark.parametrize("action", [-1, 10**6, 0.5, float("nan"), "yes", None, [0], True])
 def test_bad_actions_are_named_and_change_nothing(id, action):
     env = gym.make(id).unwrapped
     with pytest.raises(gym.error.ResetNeeded):
@@ -288,6 +289,17 @@ def test_unknown_id_names_the_nearest():
         task_class("MMRL/VQ-v0")
 
 
+@given(st.integers(2**64 - 3, 2**70), st.integers(0, 2**20))
+def test_seeds_beyond_64_bits_have_episodes_of_their_own(seed, other):
+    words = {seed_word(seed), seed_word(seed + 1), seed_word(other), seed_word(seed % 2**64 + 2**80)}
+    assert len(words) == 4 and seed_word(other) == other
+    env, envs = gym.make("MMRL/VQA-v0"), gym.make_vec("MMRL/VQA-v0", num_envs=2)
+    batch, _ = envs.reset(seed=seed)
+    for row in range(2):
+        for name, value in env.reset(seed=seed + row)[0].items():
+            np.testing.assert_array_equal(value, batch[name][row])
+
+
 @every_id
 def test_unknown_reset_options_are_named(id):
     for env in (gym.make(id), gym.make_vec(id, num_envs=2)):
@@ -299,9 +311,25 @@ def test_unknown_reset_options_are_named(id):
 def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
     with pytest.raises(ValueError, match="is taken"):
         mmenvs.register("MMRL/VQA-v0", task_class("MMRL/VQA-v0"))
-    with pytest.raises(TypeError, match="lacks"):
+    with pytest.raises(TypeError, match=r"must be a subclass of mmenvs.tasks.base.Task, got <class 'int'>"):
         mmenvs.register("Mine/Nothing-v0", int)
-    assert "Mine/Nothing-v0" not in mmenvs.SPECS
+    half = type("Half", (Task,), {"sample": print, "observe": print, "step": print, "info": print})
+    with pytest.raises(TypeError, match="Half'> lacks describe, oracle, render"):
+        mmenvs.register("Mine/Nothing-v0", half)
+    with pytest.raises(
+        ValueError, match="id must end in a version, such as 'Mine/Nothing-v0', got 'Mine/Nothing'"
+    ):
+        mmenvs.register("Mine/Nothing", task_class("MMRL/VQA-v0"))
+    assert not {"Mine/Nothing-v0", "Mine/Nothing"} & mmenvs.SPECS.keys()
+
+
+def test_arguments_that_no_environment_has_are_named():
+    with pytest.raises(TypeError, match=r"'bogus'; it takes .*difficulty.* text, render_mode"):
+        gym.make("MMRL/VQA-v0", bogus=1)
+
+
+def test_dir_lists_what_loads_when_first_used():
+    assert set(mmenvs.__all__) <= set(dir(mmenvs))
 
 
 def test_integrations_load_when_first_used():

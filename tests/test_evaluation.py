@@ -121,6 +121,8 @@ def test_a_plain_function_is_an_agent():
         ({"agent": 3}, TypeError, "agent must have a predict method"),
         ({"env_kwargs": {"difficulty": 9}}, ValueError, "difficulty must be from 0 to 3"),
         ({"env_kwargs": {"colour": 1}}, TypeError, "colour"),
+        ({"env_kwargs": 3}, TypeError, "env_kwargs must be a dict of arguments of the environment, got 3"),
+        ({"deterministic": "x"}, TypeError, "deterministic must be True or False, got 'x'"),
     ],
 )
 def test_errors(change, error, message):

@@ -118,7 +118,7 @@ def test_settings_survive_saving(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"imitation": -1}, ValueError, "imitation must be a number of at least 0, got -1"),
+        ({"imitation": -1}, ValueError, "imitation must be from 0 to 1e\\+06, got -1"),
         ({"imitation": float("nan")}, ValueError, "got nan"),
         ({"imitation": "much"}, TypeError, "got 'much'"),
         ({"memory_mb": 0}, ValueError, "memory_mb must be from 1"),

@@ -371,7 +371,7 @@ def test_bad_recipes(change, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kl": -1.0}, "kl must be a number of at least 0"),
+        ({"kl": -1.0}, "kl must be from 0 to 1e\\+06, got -1"),
         ({"kl_target": 0.1}, "kl must be over 0"),
         ({"limits": {"hallucination": -0.1}}, r"limits\['hallucination'\] must be"),
     ],
@@ -400,6 +400,8 @@ def test_bad_agents(tmp_path):
         made("supervised", restraints=Restraints(kl=0.1))
     with pytest.raises(FileNotFoundError, match="no agent in"):
         TransformerAgent(CAPTIONING, init=tmp_path, device="cpu")
+    with pytest.raises(TypeError, match="init must be the folder of a transformer agent, got 3"):
+        TransformerAgent(CAPTIONING, init=3, device="cpu")
     made("supervised").save(tmp_path / "captions")
     with pytest.raises(ValueError, match="size is that of the agent in init"):
         TransformerAgent(CAPTIONING, "nano", init=tmp_path / "captions", device="cpu")

@@ -209,7 +209,7 @@ def test_without_imitation_nothing_is_remembered(tmp_path):
     ("arguments", "error", "says"),
     [
         ({"imitation": -1.0}, ValueError, "imitation must be from 0"),
-        ({"imitation": "much"}, TypeError, "imitation must be a number, got 'much'"),
+        ({"imitation": "much"}, TypeError, "imitation must be a number from 0 to 1e\\+06, got 'much'"),
         ({"memory_mb": 0}, ValueError, "memory_mb must be from 1"),
     ],
 )

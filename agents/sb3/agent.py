@@ -13,7 +13,7 @@ import torch
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import check_env_kwargs, integer_in
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.extractor import Extractor
 from mmenvs.embeddings.fusion import FUSIONS
@@ -25,6 +25,7 @@ from mmenvs.registry import task_class
 from ..curriculum import Curriculum, Progress, check_curriculum
 from ..imitation import SelfImitationPPO
 from ..recipes import RECIPES, default_encoders
+from ..saved import anchored
 
 _REPLAY_BYTES = 5 << 30  # a replay buffer of a recipe is no larger, so that two fit a machine of 16 GB
 # Arguments of algorithms that make_agent sets by itself.
@@ -137,6 +138,7 @@ def make_agent(
     cls = _algorithm(algo)
     device = resolve_device(device)
     integer_in("seed", seed, 0, 2**32 - 1)
+    check_env_kwargs(env_kwargs)
     recipe = RECIPES[algo]
     names = {f.name for f in fields(recipe)} - {"arguments"}
     known = _arguments(cls)
@@ -144,15 +146,18 @@ def make_agent(
         raise TypeError(
             f"{name!r} must be of the recipe ({', '.join(sorted(names))}) or of {algo} ({', '.join(sorted(known))})"
         )
-    for name in ("gamma", "gae_lambda"):
-        if name in overrides and not 0 <= overrides[name] <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {overrides[name]!r}")
     own = {name: value for name, value in overrides.items() if name in names}
     arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
     recipe = replace(recipe, **own, arguments=arguments)
     if "batch_size" not in overrides and {"n_steps", "batch_size"} <= arguments.keys():
         # With few rows a rollout is smaller than the recipe's minibatch.
         arguments["batch_size"] = min(arguments["batch_size"], recipe.num_envs * arguments["n_steps"])
+    if "n_steps" in arguments and arguments.get("batch_size", 2) < 2:
+        # Advantages are normalised over a minibatch.
+        raise ValueError(
+            f"batch_size must be 2 at least, and num_envs x n_steps too, got batch_size={arguments['batch_size']} with "
+            f"num_envs={recipe.num_envs} and n_steps={arguments['n_steps']}"
+        )
     faced = dict(env_kwargs or {})
     if curriculum is not None:
         env_kwargs = curriculum.at_last(env_kwargs)
@@ -177,7 +182,7 @@ def make_agent(
         seed=seed,
         env_kwargs=dict(env_kwargs or {}),
         visible=visible,
-        encoders=dict(encoders),
+        encoders={name: anchored(encoder) for name, encoder in encoders.items()},
         precision=precision or default_precision(device),
         recipe=asdict(recipe),
         curriculum=curriculum,

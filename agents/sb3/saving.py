@@ -15,7 +15,7 @@ import torch
 from gymnasium.error import NameNotFound
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import check_env_kwargs, integer_in
 from mmenvs.embeddings.joint import check_hashes, joint_hashes
 from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
@@ -93,19 +93,22 @@ def load(
         raise FileNotFoundError(
             f"no agent in {str(folder)!r}: there is no settings.json; 'mmenvs train' writes one"
         )
+    check_env_kwargs(env_kwargs)
     problem = f"cannot load the agent in {str(folder)!r}: "
     try:
         document = json.loads((path / "settings.json").read_text())
-        found = document["format"]
+        kind, found = document.get("agent"), document["format"]
     except KeyError as error:
         raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+    if kind is not None:
+        raise ValueError(f"{problem}it is a {kind} agent, which TransformerAgent.load reads")
     if found != FORMAT:
         raise ValueError(f"{problem}settings.json has format {found!r}, this version reads format {FORMAT}")
     try:
         settings = dict(document["settings"])
-        steps = int(document["steps"])
+        steps = integer_in("steps", document["steps"], 0, 10**15)
         joints = dict(document.get("joints", {}))
         handed = [str(name) for name in document.get("handed", [])]
         progress = Progress(**document.get("progress", {}))

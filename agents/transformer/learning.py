@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import integer_in, number_in
 
 from .devices import Devices
 from .episodes import Episodes
@@ -53,11 +53,7 @@ class Recipe:
             if isinstance(field.default, int):
                 integer_in(field.name, value, 1, 2**24)
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-            high = 1.0 if field.name in ("gamma", "gae_lambda") else 1e6
-            if not 0 <= value <= high:
-                raise ValueError(f"{field.name} must be from 0 to {high:g}, got {value}")
+            number_in(field.name, value, 0, 1 if field.name in ("gamma", "gae_lambda") else 1e6)
 
 
 def check_group(group: int, num_envs: int, several: bool) -> None:

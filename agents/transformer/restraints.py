@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import integer_in, number_in
 
 from .devices import ALONE, Devices
 from .rollout import Rollout, collect
@@ -53,12 +53,12 @@ class Restraints:
 
     def __post_init__(self) -> None:
         for name in ("kl", "kl_target", "multiplier_rate"):
-            _number(name, getattr(self, name))
+            number_in(name, getattr(self, name), 0, 1e6)
         for name in ("penalties", "limits"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} must be a dict of parts and numbers, got {getattr(self, name)!r}")
             for part, value in getattr(self, name).items():
-                _number(f"{name}[{part!r}]", value)
+                number_in(f"{name}[{part!r}]", value, 0, 1e6)
         if self.kl_target and not self.kl:
             raise ValueError(f"kl must be over 0 with kl_target={self.kl_target}, got {self.kl}")
 
@@ -180,10 +180,3 @@ def _reported(rollout: Rollout, part: str) -> npt.NDArray[np.float64]:
 def _mean(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Mean and standard error."""
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")

@@ -125,7 +125,9 @@ def load(
 
 
 def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the class takes of the agent in ``folder`` to make its policy again."""
+    """What the class takes of the agent in ``folder`` to make its policy again, and its id and difficulty."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"init must be the folder of a transformer agent, got {folder!r}")
     settings, _, _ = checkpoint.read(folder)
     try:
         return {
@@ -134,6 +136,7 @@ def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "backbone": backbone_of(settings),
             "temperature": settings.get("temperature", 1.0),
             "fusion": settings.get("fusion", ATTENTION),
+            "trained_on": (settings["id"], settings["env_kwargs"].get("difficulty", 0)),
         }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(

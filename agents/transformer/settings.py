@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import check_env_kwargs, integer_in, number_in, one_of
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.fusion import FUSIONS
 from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, check_curriculum
+from ..saved import anchored, whole_path
 from ..sb3 import check_encoders, default_precision
 from . import checkpoint, saving
 from .algorithms import RECIPES, SUPERVISED
@@ -94,8 +95,7 @@ def chosen(
     one_of("method", method, tuple(RECIPES))
     recipe, restraints = recipe or RECIPES[method], restraints or Restraints()
     _check_method(method, recipe, restraints)
-    if env_kwargs is not None and not isinstance(env_kwargs, Mapping):
-        raise TypeError(f"env_kwargs must be a dict of arguments of the environment, got {env_kwargs!r}")
+    check_env_kwargs(env_kwargs)
     if init is not None:
         begun = saving.policy_settings(init)
         of_policy = {"size": size, "encoders": encoders, "backbone": backbone, "fusion": fusion}
@@ -105,7 +105,7 @@ def chosen(
         size, encoders, backbone = begun["model"], begun["encoders"], begun["backbone"]
         fusion = begun["fusion"]
         temperature = begun["temperature"] if temperature is None else temperature
-    temperature = 1.0 if temperature is None else temperature
+    temperature = number_in("temperature", 1.0 if temperature is None else temperature, 0.01, 100)
     size = size or "nano"
     if size not in SIZES if isinstance(size, str) else not isinstance(size, ModelConfig):
         raise ValueError(f"size must be one of {', '.join(SIZES)} or a ModelConfig, got {size!r}")
@@ -114,11 +114,7 @@ def chosen(
     if lora and (backbone is None or isinstance(backbone, Backbone)):
         raise ValueError(f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}")
     if backbone is not None and not isinstance(backbone, Backbone):
-        backbone = Backbone(backbone, lora)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number, got {temperature!r}")
-    if not 0.01 <= temperature <= 100:
-        raise ValueError(f"temperature must be from 0.01 to 100, got {temperature}")
+        backbone = Backbone(whole_path(backbone), lora)
     check_curriculum(curriculum)
     if not isinstance(env, str):
         for name, given in (("curriculum", curriculum), ("env_kwargs", env_kwargs)):
@@ -133,14 +129,14 @@ def chosen(
         model=SIZES[size] if isinstance(size, str) else size,
         fixed=(),
         history=(),
-        encoders=dict(encoders or {}),
+        encoders={name: anchored(encoder) for name, encoder in (encoders or {}).items()},
         precision=precision or default_precision(device.type),  # type: ignore[arg-type]
         recipe=recipe,
         method=method,
         restraints=restraints,
         backbone=backbone,
         curriculum=curriculum,
-        temperature=float(temperature),
+        temperature=temperature,
         fusion=fusion,
     )
 

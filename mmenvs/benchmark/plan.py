@@ -164,6 +164,8 @@ def _told(value: Any) -> str:
 
 
 def _check_once(what: str, names: Sequence[str]) -> None:
+    if isinstance(names, str):
+        raise TypeError(f"{what} must be a tuple of names, got {names!r}")
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"{what} holds {twice[0]!r} twice")
