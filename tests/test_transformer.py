@@ -11,6 +11,8 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmenvs_agents.transformer import episodes as episodes_module
+from mmenvs_agents.transformer import model as model_module
 from mmenvs_agents.transformer.actions import action_head
 from mmenvs_agents.transformer.config import SIZES, ModelConfig
 from mmenvs_agents.transformer.model import Cache, Episodes, TransformerPolicy
@@ -163,25 +165,36 @@ def test_one_observation_has_nothing_to_be_fused_with():
     assert torch.equal(without, fused) and policies[0].state_dict().keys() == policies[1].state_dict().keys()
 
 
-def test_weights_in_half_precision_are_cast_once_in_a_rollout_and_anew_when_they_change():
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_blocks_are_prepared_once_in_a_rollout_and_anew_when_weights_change(monkeypatch, precision, packed):
+    if packed and not episodes_module.can_pack(torch.device("cpu")):
+        pytest.skip("weights are packed on x86 processors only")
+    for module in (episodes_module, model_module):
+        monkeypatch.setattr(module, "can_pack", lambda device: packed)
     policy = make_policy()
-    policy.precision = policy.extractor.precision = "bfloat16"
+    policy.precision = policy.extractor.precision = precision
     episodes = make_episodes(policy, [5, 1, 3, 5])
-    assert policy.cache(4).halved is None
+    assert policy.cache(4).prepared is None
     cache = policy.cache(4, rollout=True)
+    if precision == "float32" and not packed:
+        assert cache.prepared is None
+        return
+    near = {"rtol": 1e-5, "atol": 1e-5} if precision == "float32" else {"rtol": 0.02, "atol": 0.02}
     for _ in range(2):
         each, once = played(policy, episodes), played(policy, episodes, cache)
-        assert torch.equal(each[0], once[0]) and torch.equal(each[1], once[1])
-        copies = list(cache.halved.copies)
-        assert played(policy, episodes, cache.take(torch.arange(4)))[1].equal(each[1])
-        assert list(cache.halved.copies) == copies  # still the same
+        torch.testing.assert_close(once, each, **near)
+        if not packed:
+            assert torch.equal(each[0], once[0]) and torch.equal(each[1], once[1])
+        blocks = cache.prepared.blocks
+        assert played(policy, episodes, cache.take(torch.arange(4)))[1].equal(once[1])
+        assert cache.prepared.blocks is blocks  # still the same
+        assert any(isinstance(part, episodes_module.PackedLinear) for part in blocks[0].modules()) == packed
         with torch.no_grad():
             for weight in policy.blocks.parameters():
                 weight.mul_(1.5)
-        assert not torch.equal(played(policy, episodes)[1], each[1])
+        assert not torch.allclose(played(policy, episodes)[1], each[1], **near)
     assert all(weight.dtype == torch.float32 for weight in policy.parameters())
-    policy.precision = policy.extractor.precision = "float32"
-    assert policy.cache(4, rollout=True).halved is None
 
 
 def test_rows_of_a_cache_begin_anew_at_different_steps():

@@ -46,7 +46,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from .actions import action_head
 from .block import Block
 from .config import ATTENTION, FUSION, Backbone, ModelConfig
-from .episodes import NEVER, Cache, Episodes, Halved, Memory
+from .episodes import NEVER, Cache, Episodes, Memory, Prepared, can_pack
 
 
 class NoFusion(Fusion):
@@ -221,7 +221,7 @@ class TransformerPolicy(nn.Module):
     def cache(self, rows: int, steps: int = 1, rollout: bool = False) -> Cache:
         """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them.
 
-        ``rollout`` casts the blocks' weights to half precision once, not once a step, where ``precision`` asks for it.
+        ``rollout`` casts the blocks' weights, and lays them out for this processor, once for all steps.
         """
         config = self.config
         slots = self.prefix_tokens + steps * self.step_tokens
@@ -234,9 +234,11 @@ class TransformerPolicy(nn.Module):
         position = torch.zeros(rows, dtype=torch.int64, device=self.device)
         length = torch.zeros(rows, dtype=torch.int64)
         fused = torch.zeros((rows, self.width), device=self.device)
-        cast = rollout and self.precision == "bfloat16" and self.backbone is None
         values = torch.zeros_like(keys)
-        return Cache(keys, values, valid, position, length, fused, Halved() if cast else None)
+        prepared = None
+        if rollout and self.backbone is None and (self.precision == "bfloat16" or can_pack(self.device)):
+            prepared = Prepared(torch.bfloat16 if self.precision == "bfloat16" else torch.float32, rows)
+        return Cache(keys, values, valid, position, length, fused, prepared)
 
     @torch.no_grad()
     def step(
@@ -313,8 +315,8 @@ class TransformerPolicy(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if self.backbone is not None:
                 return self.backbone(x, positions, bias, read, memory).float()
-            halved = None if memory is None else memory.cache.halved
-            blocks = self.blocks if halved is None else halved.of(self.blocks)
+            prepared = None if memory is None else memory.cache.prepared
+            blocks = self.blocks if prepared is None else prepared.of(self.blocks)
             record = None
             if self._record is not None:
                 record = self._record["attention"] = []
