@@ -113,8 +113,9 @@ def chosen(
     fusion = one_of("fusion", FUSION if fusion is None else fusion, (*FUSIONS, ATTENTION))
     if lora and (backbone is None or isinstance(backbone, Backbone)):
         raise ValueError(f"lora goes with the name or folder of a backbone, got {lora!r} with {backbone!r}")
-    if backbone is not None and not isinstance(backbone, Backbone):
-        backbone = Backbone(whole_path(backbone), lora)
+    if backbone is not None:
+        backbone = backbone if isinstance(backbone, Backbone) else Backbone(backbone, lora)
+        backbone = replace(backbone, source=whole_path(backbone.source))
     check_curriculum(curriculum)
     if not isinstance(env, str):
         for name, given in (("curriculum", curriculum), ("env_kwargs", env_kwargs)):
