@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def execute(name: str, seed: int, steps: int, recipe: PPORecipe) -> dict[str, An
             "ppo", ID, fusion=FUSIONS[name], encoders=ENCODERS, device="cpu", seed=seed, env_kwargs=LEVEL
         )
         sb3.train(player, steps, progress=False)
-    row = {"name": name, "seed": seed, "steps": steps, "train_cpu_seconds": time.process_time() - begin}
+    took = time.process_time() - begin
+    settings = asdict(recipe) if name == OURS else sb3.settings_of(player).recipe
+    row = {"name": name, "seed": seed, "steps": steps, "recipe": settings, "train_cpu_seconds": took}
     for split in SPLITS:
         result = evaluate(player, ID, split=split, episodes=EPISODES, env_kwargs=LEVEL)
         row[split] = result.mean_return
@@ -104,7 +107,16 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         done = set()
         if path.is_file():
-            done = {(row["name"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())}
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            done = {(row["name"], row["seed"]) for row in rows}
+            # Rows of before they held it are left out.
+            other = [
+                row
+                for row in rows
+                if row["name"] == OURS and row.get("recipe", asdict(recipe)) != asdict(recipe)
+            ]
+            if other or any(row["steps"] != options.steps for row in rows):
+                parser.error(f"{path} holds runs of other steps or another recipe: choose another --out")
         for seed in range(options.seeds):
             for name in options.only:
                 if (name, seed) not in done:
