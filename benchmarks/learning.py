@@ -51,7 +51,7 @@ for _short, _id, _difficulty in (("vqa", VQA, 1), ("matching", MATCHING, 0), ("c
         RUNS[f"{_short}-{_name}"] = Run(_id, _difficulty, _name)
 _SHAPES = {"image": "shapes", "question": "shapes"}
 # What an hour of a core at most is enough for.
-_LONG = {"concat": 1_000_000, "weighted_sum": 4_000_000, "cross_attention": 1_100_000, "transformer": 600_000}
+_LONG = {"concat": 1_000_000, "weighted_sum": 4_000_000, "cross_attention": 1_800_000, "transformer": 600_000}
 for _fusion in MISSION:
     RUNS[f"matching-{_fusion}"] = Run(MATCHING, 0, "ppo", 70_000, {"fusion": _fusion})
     _heard = {"audio": "shapes", "images": "shapes"}
