@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ _WHOLE = {
 # ... numbers from 0 with the highest, ...
 _NUMBERS = {
     "gamma": 1, "gae_lambda": 1, "clip_range": 1e6, "clip_range_vf": 1e6, "target_kl": 1e6, "vf_coef": 1e6,
-    "max_grad_norm": 1e6, "exploration_fraction": 1, "exploration_initial_eps": 1, "exploration_final_eps": 1,
+    "max_grad_norm": math.inf, "exploration_fraction": 1, "exploration_initial_eps": 1, "exploration_final_eps": 1,
     "tau": 1, "rms_prop_eps": 1e6, "cg_damping": 1e6, "line_search_shrinking_factor": 1,
 }  # fmt: skip
 # ... of which these may be None.
@@ -51,35 +52,41 @@ class Recipe:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        integer_in("num_envs", self.num_envs, 1, 2**24)
-        number_in("learning_rate", self.learning_rate, 0, 1e6)
-        integer_in("features_dim", self.features_dim, 1, 2**16)
+        # Plain numbers in place of NumPy's, which JSON doesn't take.
+        checked: dict[str, Any] = {
+            "num_envs": integer_in("num_envs", self.num_envs, 1, 2**24),
+            "learning_rate": number_in("learning_rate", self.learning_rate, 0, 1e6),
+            "features_dim": integer_in("features_dim", self.features_dim, 1, 2**16),
+        }
         if not isinstance(self.net_arch, list | tuple):
             raise TypeError(
                 f"net_arch must be the sizes of hidden layers, such as (64, 64), got {self.net_arch!r}"
             )
-        for number, size in enumerate(self.net_arch):
-            integer_in(f"net_arch[{number}]", size, 1, 2**16)
+        sizes = [integer_in(f"net_arch[{i}]", size, 1, 2**16) for i, size in enumerate(self.net_arch)]
+        checked["net_arch"] = tuple(sizes)
         if hasattr(self, "ent_coef"):
-            number_in("ent_coef", self.ent_coef, 0, 1e6)
-        for name, value in self.arguments.items():
-            if name in _WHOLE:
-                integer_in(name, value, _WHOLE[name], 2**53)
-            elif name in _NUMBERS and not (name in _OPTIONAL and value is None):
-                number_in(name, value, 0, _NUMBERS[name])
-            else:
-                _check_kept(name, value)
+            checked["ent_coef"] = number_in("ent_coef", self.ent_coef, 0, 1e6)
+        checked["arguments"] = {name: _checked(name, value) for name, value in self.arguments.items()}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
-def _check_kept(name: str, value: Any) -> None:
-    """Refuse what the agent can't be saved with."""
+def _checked(name: str, value: Any) -> Any:
+    """An argument of an algorithm as the agent can be saved with it."""
+    if name in _WHOLE:
+        return integer_in(name, value, _WHOLE[name], 2**53)
+    if name in _NUMBERS and not (name in _OPTIONAL and value is None):
+        if name == "clip_range_vf" and value == 0:
+            raise ValueError("clip_range_vf must be over 0, or None for no clipping, got 0")
+        return number_in(name, value, 0, _NUMBERS[name])
     try:
         json.dumps(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"{name} must be a number, a text, None, or a dict or list of these, which can be saved with the "
             f"agent, got {value!r}"
         ) from None
+    return value
 
 
 @dataclass(frozen=True)

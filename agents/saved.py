@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,44 @@ _CHECKSUM = "xxh3_64"
 
 def anchored(encoder: str | Pretrained) -> str | Pretrained:
     """An encoder whose folder or file is named by its whole path, so that an agent that has it loads from anywhere."""
-    if isinstance(encoder, Pretrained):
-        return replace(encoder, source=whole_path(encoder.source))
-    for prefix in (PREFIX, HUGGING_FACE):
-        if encoder.startswith(prefix):
-            return prefix + whole_path(encoder.removeprefix(prefix))
-    return encoder
+    if isinstance(encoder, str) and encoder.startswith(PREFIX):
+        path = encoder.removeprefix(PREFIX)
+        return PREFIX + os.path.abspath(path) if os.path.exists(path) else encoder
+    return _with_source(encoder, whole_path)
 
 
 def whole_path(name: str) -> str:
-    """The absolute path of what is there; any other name, such as one at Hugging Face, as it is."""
-    return os.path.abspath(name) if os.path.exists(name) else name
+    """The absolute path of a folder that is there; any other name, such as one at Hugging Face, as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def moved(encoder: str | Pretrained, then: str | None, now: str | os.PathLike[str]) -> str | Pretrained:
+    """An encoder whose path has gone, where it is as seen from the agent's folder: they were moved together.
+
+    Args:
+        encoder: as it was saved.
+        then: the agent's folder when it was saved; agents of before have none.
+        now: its folder now.
+    """
+
+    def found(path: str) -> str:
+        if then is None or not os.path.isabs(path) or os.path.exists(path):
+            return path
+        there = os.path.normpath(os.path.join(os.path.abspath(now), os.path.relpath(path, then)))
+        return there if os.path.exists(there) else path
+
+    if isinstance(encoder, str) and encoder.startswith(PREFIX):
+        return PREFIX + found(encoder.removeprefix(PREFIX))
+    return _with_source(encoder, found)
+
+
+def _with_source(encoder: str | Pretrained, change: Callable[[str], str]) -> str | Pretrained:
+    """A pretrained encoder with another source; any other as it is."""
+    if isinstance(encoder, Pretrained):
+        return replace(encoder, source=change(encoder.source))
+    if encoder.startswith(HUGGING_FACE):
+        return HUGGING_FACE + change(encoder.removeprefix(HUGGING_FACE))
+    return encoder
 
 
 def kept_arguments(env_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

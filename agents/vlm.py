@@ -17,7 +17,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import check_env_kwargs, integer_in, one_of
 from mmenvs.datasets import open_source
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.pretrained_files import PROCESSORS, check_folder, find_folder, loading, read_config
@@ -73,6 +73,8 @@ class VLMSettings:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model must be the folder or Hugging Face name of a model, got {self.model!r}")
         one_of("algo", self.algo, ALGOS)
         integer_in("lora", self.lora, 0, 4096)
         integer_in("steps", self.steps, 1, 10**9)
@@ -334,6 +336,7 @@ def load(
         FileNotFoundError: if the folder or one of its files is missing.
         ValueError: if the files are damaged or of another format.
     """
+    check_env_kwargs(env_kwargs)
     settings, steps = _read_settings(Path(folder))
     settings = replace(settings, env_kwargs={**settings.env_kwargs, **(env_kwargs or {})})
     policy = VLMPolicy(*load_model(str(folder), device), settings)

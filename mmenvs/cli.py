@@ -43,6 +43,8 @@ from mmenvs.files import out_folder
 from mmenvs.registry import SPECS, task_class
 from mmenvs.world.scene import SPLITS
 
+_SHEET = 150  # episodes of a PNG: Pillow warns of pictures of over 89 million pixels
+
 
 @app.command("list")
 def list_() -> None:
@@ -87,7 +89,10 @@ def show(
 ) -> None:
     """Episodes as a sheet of pictures, an animation or a film; at their ends, what a trained agent looked at."""
     with user_errors():
-        media.check_path(out)
+        if media.check_path(out).suffix.lower() == ".png" and episodes > _SHEET:
+            raise ValueError(
+                f"episodes must be at most {_SHEET} for a .png, .gif and .mp4 take more, got {episodes}"
+            )
         task_class(id)
         env_kwargs: dict[str, Any] = {"split": split}
         if difficulty is not None:
@@ -97,9 +102,11 @@ def show(
         player: Any = agent
         if agent in ("oracle", "random"):
             if device != "auto":
-                agents("sb3").resolve_device(device)
+                from mmenvs.embeddings.embedding import resolve_device
+
+                resolve_device(device)
         else:
-            if not Path(agent).is_dir():
+            if not agent or not Path(agent).is_dir():
                 raise FileNotFoundError(
                     f"no agent in {agent!r}: agent must be oracle, random or the folder of a trained one"
                 )
@@ -116,10 +123,7 @@ def show(
             player = importlib.import_module(f"{whose}.watch").Watched(player)
         env = gym.make(id, render_mode="rgb_array", **env_kwargs)
         out_folder(out.parent)
-        ends_only = out.suffix.lower() == ".png"
-        if ends_only:
-            env.reset(seed=seed)
-            media.check_sheet(np.asarray(env.render()), episodes)
+    ends_only = out.suffix.lower() == ".png"
     frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
     env.close()
     with user_errors():

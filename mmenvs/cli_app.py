@@ -145,12 +145,16 @@ def load_agent(
     """
     sb3 = agents("sb3")
     sb3.resolve_device(device)
+    kind = None
     try:
         document = json.loads((folder / "settings.json").read_text())
-        settings, kind = document["settings"], document.get("agent")
+        kind, settings = document.get("agent"), document["settings"]
         id, saved = str(settings["id"]), dict(settings["env_kwargs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        sb3.load(folder, device)  # says what is wrong with the folder
+        # It says what is wrong with the folder.
+        (agents("transformer.agent").TransformerAgent if kind == TRANSFORMER else sb3).load(
+            folder, device=device
+        )
         raise
     text = source or saved.get("source")
     reader = {} if text is None else {"source": open_source(text, id)}

@@ -155,7 +155,7 @@ def embed(
         task = load_and_check(cls, 256, "ids", {**SPECS[id].kwargs, **kwargs})
         chosen: Any = embedding
         if embedding not in NAMES and not embedding.startswith(PREFIX):
-            if not Path(embedding).is_dir():
+            if not embedding or not Path(embedding).is_dir():
                 raise ValueError(
                     f"embedding must be {', '.join(map(repr, NAMES))}, '{PREFIX}DIR' or the folder of an agent; "
                     f"there is no folder {embedding!r}"

@@ -143,8 +143,10 @@ def train(
             saved["num_envs"] = model.n_envs
             saved["curriculum"] = getattr(model.settings, "curriculum", None) is not None
             trunk = getattr(model.settings, "backbone", None)
-            asked |= {"backbone": backbone and agents("saved").whole_path(backbone), "lora": lora}
+            asked |= {"backbone": backbone, "lora": lora}
             saved |= {"backbone": trunk and trunk.source, "lora": trunk and trunk.lora}
+            if backbone is not None and os.path.abspath(backbone) == saved["backbone"]:
+                asked["backbone"] = saved["backbone"]
             for name, value in asked.items():
                 if value not in (None, saved[name]):
                     option = {"algo": "agent", "method": "algo"}.get(name, name)
@@ -184,12 +186,12 @@ def train(
         if watch is not None and not is_transformer(model):
             raise ValueError(f"watch is of --agent transformer, got {watch!r} with {model.settings.algo!r}")
         alarm = None if watch is None else alarm_of(model, watch, source)
+        begun = None if init is None else agents("transformer.saving").policy_settings(init)["trained_on"]
         out_folder(out, "agent")
         say = spokesman(model)
     say(f"{model.settings.algo} on {id}, {model.device}; logs: tensorboard --logdir {out}")
-    if init is not None:
-        before, at = agents("transformer.saving").policy_settings(init)["trained_on"]
-        say(f"its policy is at first that of {init}, trained on {before} at difficulty {at}")
+    if begun is not None:
+        say(f"its policy is at first that of {init}, trained on {begun}")
     again: list[object] = [] if device == "auto" else ["--device", device]
     again += [] if watch is None else ["--watch", watch]
     finish(model, total, out, say, command("evaluate", out), alarm, again=[*again, *["--compile"] * compile])

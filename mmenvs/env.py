@@ -53,8 +53,10 @@ def string_space(space: spaces.Dict, vocabulary: Vocabulary) -> spaces.Dict:
     )
 
 
-def load_and_check(task: str | type[Task], num_envs: int, text: str, kwargs: dict[str, Any]) -> Task:
-    """Build the task of an environment; ``TypeError`` names an argument that it doesn't know."""
+def load_and_check(
+    task: str | type[Task], num_envs: int, text: str, kwargs: dict[str, Any], others: tuple[str, ...] = ()
+) -> Task:
+    """Build the task of an environment; ``TypeError`` names an argument that neither it nor the caller (``others``) knows."""
     one_of("text", text, ("ids", "string"))
     cls = registry.load_task(task) if isinstance(task, str) else task
     try:
@@ -62,7 +64,7 @@ def load_and_check(task: str | type[Task], num_envs: int, text: str, kwargs: dic
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             known = [name for name in inspect.signature(cls).parameters if name != "num_envs"]
-            known += ["text", "render_mode"]
+            known += others
             raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(known)}") from None
         raise
 
@@ -85,7 +87,7 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
         self, task: str | type[Task], *, text: str = "ids", render_mode: str | None = None, **kwargs: Any
     ) -> None:
         one_of("render_mode", render_mode, (None, "rgb_array"))
-        self.task = load_and_check(task, 1, text, kwargs)
+        self.task = load_and_check(task, 1, text, kwargs, ("text", "render_mode"))
         self.text = text
         self.render_mode = render_mode
         self.action_space = self.task.action_space

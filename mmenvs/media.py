@@ -21,7 +21,6 @@ from mmenvs.spaces import SAMPLE_RATE
 
 Picture = npt.NDArray[np.uint8]
 SUFFIXES = (".png", ".gif", ".mp4")
-_SHEET_PIXELS = 80_000_000  # Pillow takes pictures of over 89 million for an attack
 FPS = 4  # frames a second of what play() films; a picture is held for several
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -160,16 +159,6 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     if Path(path).is_dir():
         raise ValueError(f"the file must not be a folder, got {os.fspath(path)!r}")
     return Path(path)
-
-
-def check_sheet(frame: Picture, count: int) -> None:
-    """Refuse a sheet of more frames, of this size, than image libraries open."""
-    height, width = frame.shape[:2]
-    most = _SHEET_PIXELS // (height * width)
-    if count > most:
-        raise ValueError(
-            f"a .png holds at most {most} frames of {width} x {height} pixels, got {count}; .gif and .mp4 hold more"
-        )
 
 
 def write_png(path: str | os.PathLike[str], frames: Sequence[Picture], columns: int | None = None) -> Path:

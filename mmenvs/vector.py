@@ -99,7 +99,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         self.max_episode_steps = max_episode_steps
         self.render_mode = render_mode
         self.text = text
-        self.task = load_and_check(task, num_envs, text, kwargs)
+        others = ("max_episode_steps", "autoreset_mode", "text", "render_mode")
+        self.task = load_and_check(task, num_envs, text, kwargs, others)
         self.single_action_space = self.task.action_space
         self.single_observation_space: spaces.Dict = self.task.observation_space
         self._decoders: dict[str, Callable[[Any], str]] = {}

@@ -163,12 +163,18 @@ def test_baselines_play():
         ({"n_epochs": 0}, ValueError, "n_epochs must be from 1 to"),
         ({"n_steps": 0}, ValueError, "n_steps must be from 1 to"),
         ({"n_steps": 1.5}, TypeError, "n_steps must be an integer from 1 to"),
-        ({"n_steps": 1, "num_envs": 1}, ValueError, "got batch_size=1 with num_envs=1 and n_steps=1"),
-        ({"batch_size": 1}, ValueError, "batch_size must be 2 at least"),
+        ({"n_steps": 1, "num_envs": 1}, ValueError, "got num_envs=1, n_steps=1, batch_size=1"),
+        ({"batch_size": 1}, ValueError, "batch_size, must be 2 at least"),
         ({"clip_range": -1}, ValueError, "clip_range must be from 0 to 1e+06, got -1"),
-        ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be from 0 to 1e+06, got -1"),
+        ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be from 0 to inf, got -1"),
         ({"target_kl": "x"}, TypeError, "target_kl must be a number from 0 to 1e+06, got 'x'"),
         ({"normalize_advantage": print}, TypeError, "normalize_advantage must be a number, a text, None, or"),
+        ({"clip_range_vf": 0}, ValueError, "clip_range_vf must be over 0, or None for no clipping, got 0"),
+        (
+            {"algo": "a2c", "n_steps": 1, "num_envs": 1, "normalize_advantage": True},
+            ValueError,
+            "got num_envs=1, n_steps=1",
+        ),
         ({"algo": "dqn", "exploration_fraction": 2}, ValueError, "exploration_fraction must be from 0 to 1"),
         ({"algo": "dqn", "train_freq": (4, "step")}, TypeError, "train_freq must be an integer from 1 to"),
         ({"algo": "dqn", "buffer_size": 0}, ValueError, "buffer_size must be from 1 to"),
@@ -277,6 +283,30 @@ def test_an_agent_of_another_joint_embedding_is_refused(tmp_path):
         load(folder, "cpu")
     write(0)
     load(folder, "cpu")
+
+
+def test_settings_by_numpy_numbers_are_saved(tmp_path):
+    agent = make_agent(
+        "ppo", VQA, seed=np.int64(3), n_steps=np.int64(8), batch_size=np.int32(1), clip_range=np.float32(0.25),
+        ent_coef=np.float32(0.5), net_arch=(np.int64(8),), normalize_advantage=False, max_grad_norm=np.inf, **SMALL,
+    )  # fmt: skip
+    train(agent, 64, tmp_path, progress=False)
+    recipe = settings_of(load(tmp_path, "cpu")).recipe
+    assert recipe == settings_of(agent).recipe and recipe["arguments"]["clip_range"] == 0.25
+
+
+def test_an_agent_and_its_embedding_are_moved_together(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    save_joint(JointEmbedding(JointConfig(width=8, dim=8, text_depth=1)), one / "joint.safetensors", {})
+    encoders = {"image": f"joint:{one}/joint.safetensors"}
+    save(make_agent("ppo", VQA, encoders=encoders, **SMALL, **LITTLE["ppo"]), one / "agent")
+    one.rename(other)
+    found = settings_of(load(other / "agent", "cpu")).encoders
+    assert found == {"image": f"joint:{other}/joint.safetensors"}
+    (other / "joint.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"'joint:{one}/joint.safetensors' names no joint embedding"):
+        load(other / "agent", "cpu")
 
 
 def test_agents_load_from_another_folder_than_they_were_trained_in(tmp_path, monkeypatch):

@@ -234,10 +234,13 @@ def vqa_folder(tmp_path_factory) -> Path:
     return root
 
 
-def test_real_data_from_the_command_line(vqa_folder, tmp_path):
-    out, source = tmp_path / "agent", f"vqav2:{vqa_folder}"
+def test_real_data_from_the_command_line(vqa_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(vqa_folder)
+    out, source = tmp_path / "agent", "vqav2:."
     common = ("train", VQA, "--num-envs", 16, "--device", "cpu", "--out", out)
     assert "after 256 steps" in run(*common, "--source", source, "--steps", "256")
+    monkeypatch.chdir(tmp_path)
+    source = f"vqav2:{vqa_folder}"
     assert "after 512 steps" in run(*common, "--resume", "--steps", "512")
     # The agent remembers what it was trained on.
     read = json.loads(run("evaluate", out, "--episodes", 32, "--split", "train", "--device", "cpu", "--json"))
@@ -297,6 +300,12 @@ def test_an_empty_path_is_not_the_present_folder(command):
         (f"show {VQA} --out {{}}/a.png --difficulty 4", "difficulty must be 0, 1, 2 or 3, got '4'"),
         (f"show {VQA} --out {{}}/a.png --difficulty hard", "difficulty must be 0, 1, 2 or 3, got 'hard'"),
         (f"show {VQA} --out {{}}/a.png --agent {{}}/missing", "no agent in"),
+        (f"show {VQA} --out {{}}/a.png --agent=", "no agent in '': agent must be oracle, random or"),
+        (f"embed {VQA} --pool-size 2 --embedding= --out {{}}/c", "there is no folder ''"),
+        (
+            f"finetune-vlm {VQA} --model= --out {{}}/a",
+            "model must be the folder or Hugging Face name of a model, got ''",
+        ),
         (f"show {VQA} --out {{}}/a.png --agent Oracle", "agent must be oracle, random or the folder of"),
         (
             f"show {VQA} --out {{}}/a.png --agent random --device tpu",
@@ -304,7 +313,7 @@ def test_an_empty_path_is_not_the_present_folder(command):
         ),
         (
             f"show {VQA} --out {{}}/a.png --episodes 1000",
-            "a .png holds at most 284 frames of 776 x 362 pixels, got",
+            "episodes must be at most 150 for a .png, .gif and .mp4 take more, got",
         ),
         (f"show {VQA} --out {__file__}/a.png", "out must be a folder, "),
         (f"embed {VQA} --pool-size 2 --set num_envs=3 --out {{}}/c", "a pool has no num_envs"),

@@ -326,6 +326,8 @@ def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
 def test_arguments_that_no_environment_has_are_named():
     with pytest.raises(TypeError, match=r"'bogus'; it takes .*difficulty.* text, render_mode"):
         gym.make("MMRL/VQA-v0", bogus=1)
+    with pytest.raises(TypeError, match=r"'bogus'; it takes .* autoreset_mode, text, render_mode"):
+        gym.make_vec("MMRL/VQA-v0", num_envs=2, bogus=1)
 
 
 def test_dir_lists_what_loads_when_first_used():

@@ -17,10 +17,12 @@ from mmenvs_agents.transformer import ppo
 from mmenvs_agents.transformer.agent import TransformerAgent
 from mmenvs_agents.transformer.episodes import Episodes
 from mmenvs_agents.transformer.learning import NonFiniteGradientError
+from mmenvs_agents.transformer.restraints import Restraints
 from mmenvs_agents.transformer.rollout import collect
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from mmenvs.embeddings.joint import JointConfig, JointEmbedding, save_joint
 from mmenvs.integrations.sb3 import make_vec_env
 from mmenvs.registry import SPECS
 from tests.tiny_transformer import CAPTIONING, MATCHING, QUICK, SMALL, TINY, VQA, make_agent, recall
@@ -427,6 +429,36 @@ def test_wrong_arguments(monkeypatch):
             ppo.PPORecipe(**wrong)
     with pytest.raises(TypeError, match="entropy must be a number"):
         ppo.PPORecipe(entropy="much")
+
+
+def test_settings_by_numpy_numbers_are_saved(tmp_path):
+    recipe = ppo.PPORecipe(num_envs=np.int64(4), gamma=np.float32(0.5), imitation=np.float64(0))
+    restraints = Restraints(kl=np.float32(0.25), penalties={"length": np.float32(0.5)})
+    agent = make_agent(
+        CAPTIONING, recipe, seed=np.int64(3), restraints=restraints, temperature=np.float32(0.5)
+    )
+    agent.save(tmp_path)
+    settings = TransformerAgent.load(tmp_path, device="cpu").settings
+    assert settings.recipe == recipe and settings.restraints == restraints and settings.seed == 3
+
+
+def test_an_agent_and_its_embedding_are_moved_together(tmp_path, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    monkeypatch.chdir(one)
+    save_joint(JointEmbedding(JointConfig(width=8, dim=8, text_depth=1)), one / "joint.safetensors", {})
+    agent = make_agent(encoders={"image": "joint:joint.safetensors"})
+    assert agent.settings.encoders == {"image": f"joint:{one}/joint.safetensors"}
+    agent.save("agent")
+    monkeypatch.chdir(tmp_path)
+    TransformerAgent.load(one / "agent", device="cpu")
+    one.rename(other)
+    found = {"image": f"joint:{other}/joint.safetensors"}
+    assert TransformerAgent.load(other / "agent", device="cpu").settings.encoders == found
+    begun = TransformerAgent(VQA, init=other / "agent", device="cpu", env_kwargs=SMALL)
+    assert begun.settings.encoders == found
+    with pytest.raises(TypeError, match="env_kwargs must be a dict of arguments of the environment, got 3"):
+        TransformerAgent.load(other / "agent", device="cpu", env_kwargs=3)
 
 
 def test_environments_and_observations_that_do_not_fit():

@@ -111,16 +111,21 @@ def test_it_starts_from_the_model_s_weights_and_learns_slowly(folders):
     assert 0 < moved.abs().max() < 3 * 2 * 0.02 * 1e-3  # two steps of Adam
 
 
-def test_on_the_command_line(folders, tmp_path):
+def test_on_the_command_line(folders, tmp_path, monkeypatch):
     def run(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
     out = tmp_path / "vqa"
     common = ("train", VQA, "--agent", "transformer", "--num-envs", 2, "--device", "cpu", "--out", out)
-    given = ("--backbone", folders("llama"), "--lora", 2)
+    shutil.copytree(folders("llama"), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    given = ("--backbone", "model", "--lora", 2)
     assert "after 32 steps" in run(*common, "--steps", 32, *given).output
     assert "after 64 steps" in run(*common, "--steps", 64, "--resume", *given).output
-    assert "lora of the agent" in run(*common, "--steps", 96, "--resume", "--lora", 8).output
+    shutil.rmtree(tmp_path / "model")  # the agent needs it no more
+    assert "after 96 steps" in run(*common, "--steps", 96, "--resume", *given).output
+    given = ("--backbone", folders("llama"), "--lora", 2)
+    assert "lora of the agent" in run(*common, "--steps", 128, "--resume", "--lora", 8).output
     for options, message in (
         ((*given, "--size", "small"), "size is the backbone's own"),
         (("--lora", 2), "lora goes with the name or folder of a backbone"),

@@ -75,6 +75,18 @@ def test_what_a_user_gets_wrong(tmp_path, options, message):
     assert message in run("train", VQA, *options, "--device", "cpu", "--out", tmp_path / "a", code=2)
 
 
+def test_what_a_policy_begins_with_is_told(tmp_path):
+    common = ("--num-envs", 2, "--device", "cpu", "--steps", 10)
+    run("pretrain-policy", CAPTIONING, *common, "--out", tmp_path / "xe")
+    said = run(
+        "train", CAPTIONING, "--agent", "transformer", "--difficulty", 1, "--init", tmp_path / "xe",
+        "--out", tmp_path / "rl", *common,
+    )  # fmt: skip
+    assert (
+        f"its policy is at first that of {tmp_path / 'xe'}, trained on {CAPTIONING} at difficulty 0" in said
+    )
+
+
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     out = tmp_path / "vqa"
     command = (

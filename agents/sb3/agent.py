@@ -137,7 +137,7 @@ def make_agent(
     check_curriculum(curriculum)
     cls = _algorithm(algo)
     device = resolve_device(device)
-    integer_in("seed", seed, 0, 2**32 - 1)
+    seed = integer_in("seed", seed, 0, 2**32 - 1)
     check_env_kwargs(env_kwargs)
     recipe = RECIPES[algo]
     names = {f.name for f in fields(recipe)} - {"arguments"}
@@ -149,15 +149,11 @@ def make_agent(
     own = {name: value for name, value in overrides.items() if name in names}
     arguments = {**recipe.arguments, **{k: v for k, v in overrides.items() if k not in names}}
     recipe = replace(recipe, **own, arguments=arguments)
+    arguments = dict(recipe.arguments)
     if "batch_size" not in overrides and {"n_steps", "batch_size"} <= arguments.keys():
         # With few rows a rollout is smaller than the recipe's minibatch.
         arguments["batch_size"] = min(arguments["batch_size"], recipe.num_envs * arguments["n_steps"])
-    if "n_steps" in arguments and arguments.get("batch_size", 2) < 2:
-        # Advantages are normalised over a minibatch.
-        raise ValueError(
-            f"batch_size must be 2 at least, and num_envs x n_steps too, got batch_size={arguments['batch_size']} with "
-            f"num_envs={recipe.num_envs} and n_steps={arguments['n_steps']}"
-        )
+    _check_normalised(algo, recipe.num_envs, arguments)
     faced = dict(env_kwargs or {})
     if curriculum is not None:
         env_kwargs = curriculum.at_last(env_kwargs)
@@ -184,7 +180,7 @@ def make_agent(
         visible=visible,
         encoders={name: anchored(encoder) for name, encoder in encoders.items()},
         precision=precision or default_precision(device),
-        recipe=asdict(recipe),
+        recipe=asdict(replace(recipe, arguments=arguments)),
         curriculum=curriculum,
     )
     policy_kwargs = {
@@ -224,6 +220,23 @@ def make_agent(
     env.seed(episode_seed(seed, 0))
     agent.settings, agent.progress, agent.made_env = settings, Progress(), env  # type: ignore[attr-defined]
     return agent
+
+
+def _check_normalised(algo: str, num_envs: int, arguments: Mapping[str, Any]) -> None:
+    """Refuse advantages that are normalised one by one, which makes them NaN."""
+    if "n_steps" not in arguments or not arguments.get("normalize_advantage", algo != "a2c"):
+        return
+    count = num_envs * arguments["n_steps"]
+    if algo in ("ppo", "recurrent_ppo"):
+        count = min(count, arguments["batch_size"])
+    if count < 2:
+        told = ", ".join(
+            f"{name}={arguments[name]}" for name in ("n_steps", "batch_size") if name in arguments
+        )
+        raise ValueError(
+            f"num_envs x n_steps, and batch_size, must be 2 at least with normalize_advantage=True, got "
+            f"num_envs={num_envs}, {told}"
+        )
 
 
 def face(agent: BaseAlgorithm, level: int) -> None:

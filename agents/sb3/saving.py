@@ -21,7 +21,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from ..curriculum import Curriculum, Progress
-from ..saved import check_handed, kept_arguments, pack, unpack, why_unfit
+from ..saved import check_handed, kept_arguments, moved, pack, unpack, why_unfit
 from .agent import episode_seed, face, make_agent, settings_of
 
 FORMAT = 1
@@ -53,6 +53,7 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
         "steps": steps,
         "settings": settings,
         "handed": handed,
+        "folder": os.path.abspath(path),
         "joints": joint_hashes(agent.policy),
         "progress": asdict(agent.progress),  # type: ignore[attr-defined]
         "versions": {"torch": torch.__version__, "stable_baselines3": stable_baselines3.__version__},
@@ -102,14 +103,15 @@ def load(
         raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
-    if kind is not None:
-        raise ValueError(f"{problem}it is a {kind} agent, which TransformerAgent.load reads")
+    if kind == "transformer":
+        raise ValueError(f"{problem}it is a transformer agent, which TransformerAgent.load reads")
     if found != FORMAT:
         raise ValueError(f"{problem}settings.json has format {found!r}, this version reads format {FORMAT}")
     try:
         settings = dict(document["settings"])
         steps = integer_in("steps", document["steps"], 0, 10**15)
         joints = dict(document.get("joints", {}))
+        then = document.get("folder")
         handed = [str(name) for name in document.get("handed", [])]
         progress = Progress(**document.get("progress", {}))
         if settings.get("curriculum") is not None:
@@ -122,7 +124,7 @@ def load(
         settings["visible"] = None if settings["visible"] is None else tuple(settings["visible"])
         settings["env_kwargs"] = {**settings["env_kwargs"], **(env_kwargs or {})}
         settings["encoders"] = {
-            name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+            name: moved(Pretrained(**encoder) if isinstance(encoder, dict) else encoder, then, path)
             for name, encoder in settings["encoders"].items()
         }
     except KeyError as error:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmenvs.checks import check_env_kwargs
 from mmenvs.embeddings.extractor import Precision
 from mmenvs.embeddings.pretrained import Pretrained
 
@@ -52,6 +53,7 @@ class Student(TransformerAgent):
         precision: Precision | None = None,
         compile: bool = False,
     ) -> None:
+        check_env_kwargs(env_kwargs)
         known = teacher.settings
         if known.id is None and env is None:
             raise ValueError("the teacher was made with a vector environment, so env=... needs one")

@@ -62,41 +62,40 @@ class Episodes:
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether the weights of linear layers can lie in the order of oneDNN, which multiplies them faster: on x86."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return device.type == "cpu" and x86 and torch.backends.mkldnn.is_available()
+    """Whether weights in half precision can lie in the order of oneDNN: on x86 processors with arithmetic for it."""
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class PackedLinear(nn.Module):
     """A linear layer without bias and without gradients, with its weights in the order of oneDNN.
 
     Args:
-        weight: ``(out, in)``, on the CPU.
+        weight: bfloat16 ``(out, in)``, on the CPU.
         rows: about how many rows it will be called with.
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         super().__init__()
-        self.dtype = weight.dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, "none", [], "")
 
 
-class Prepared:
-    """Blocks for many calls with the same weights: what each call would do to these is done once.
+class Halved:
+    """Blocks whose linear layers hold half-precision weights, for many calls under autocast.
 
-    Autocast would cast them to half precision, and a processor lay them out for its multiplication. The blocks are made
+    Autocast would cast the weights in each call, and the processor lay them out for its multiplication. The blocks are made
     anew after the weights have changed, unless they were changed through ``.data``, which PyTorch doesn't count.
 
     Args:
-        dtype: to multiply in.
         rows: about how many rows the blocks will be called with.
     """
 
-    def __init__(self, dtype: torch.dtype, rows: int) -> None:
-        self.dtype, self.rows, self.version = dtype, rows, -1
+    def __init__(self, rows: int) -> None:
+        self.rows, self.version = rows, -1
         self.blocks: list[nn.Module] = []
 
     def of(self, blocks: nn.ModuleList) -> list[nn.Module]:
@@ -112,7 +111,7 @@ class Prepared:
         return other
 
     def _linear(self, linear: nn.Linear) -> nn.Module:
-        weight = linear.weight.detach().to(self.dtype)
+        weight = linear.weight.detach().bfloat16()
         if can_pack(weight.device):
             return PackedLinear(weight, self.rows)
         other = copy.copy(linear)
@@ -124,7 +123,7 @@ class Cache:
     """Keys and values of running episodes, one a row; made by :meth:`TransformerPolicy.cache`.
 
     Attributes:
-        prepared: the blocks that the steps go through, or None for the policy's own.
+        halved: the blocks that the steps go through, or None for the policy's own.
         keys, values: ``(layers, rows, kv_heads, slots, size of a head)``. Slots are the prefix, then the steps.
         valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
         position: ``(rows,)`` int64, the rotary position of the next token.
@@ -140,10 +139,10 @@ class Cache:
         position: Tensor,
         length: Tensor,
         fused: Tensor,
-        prepared: Prepared | None = None,
+        halved: Halved | None = None,
     ) -> None:
         self.keys, self.values, self.valid = keys, values, valid
-        self.position, self.length, self.fused, self.prepared = position, length, fused, prepared
+        self.position, self.length, self.fused, self.halved = position, length, fused, halved
 
     @property
     def rows(self) -> int:
@@ -153,7 +152,7 @@ class Cache:
         """A copy of ``rows``, ``(b,)`` int64, each as often as it is named: a group of answers to one prompt."""
         at = rows.to(self.keys.device)
         copied = self.keys[:, at], self.values[:, at], self.valid[at], self.position[at]
-        return Cache(*copied, self.length[rows.cpu()], self.fused[at], self.prepared)
+        return Cache(*copied, self.length[rows.cpu()], self.fused[at], self.halved)
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` a row; doubling keeps it rare."""

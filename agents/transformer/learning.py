@@ -51,9 +51,10 @@ class Recipe:
             if isinstance(field.default, bool | str):
                 continue
             if isinstance(field.default, int):
-                integer_in(field.name, value, 1, 2**24)
-                continue
-            number_in(field.name, value, 0, 1 if field.name in ("gamma", "gae_lambda") else 1e6)
+                value = integer_in(field.name, value, 1, 2**24)
+            else:
+                value = number_in(field.name, value, 0, 1 if field.name in ("gamma", "gae_lambda") else 1e6)
+            object.__setattr__(self, field.name, value)  # plain numbers, that JSON takes
 
 
 def check_group(group: int, num_envs: int, several: bool) -> None:

@@ -46,7 +46,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from .actions import action_head
 from .block import Block
 from .config import ATTENTION, FUSION, Backbone, ModelConfig
-from .episodes import NEVER, Cache, Episodes, Memory, Prepared, can_pack
+from .episodes import NEVER, Cache, Episodes, Halved, Memory
 
 
 class NoFusion(Fusion):
@@ -221,7 +221,8 @@ class TransformerPolicy(nn.Module):
     def cache(self, rows: int, steps: int = 1, rollout: bool = False) -> Cache:
         """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them.
 
-        ``rollout`` casts the blocks' weights, and lays them out for this processor, once for all steps.
+        ``rollout`` casts the blocks' weights to half precision, and lays them out for the processor, once for all steps,
+        where ``precision`` asks for it.
         """
         config = self.config
         slots = self.prefix_tokens + steps * self.step_tokens
@@ -235,10 +236,8 @@ class TransformerPolicy(nn.Module):
         length = torch.zeros(rows, dtype=torch.int64)
         fused = torch.zeros((rows, self.width), device=self.device)
         values = torch.zeros_like(keys)
-        prepared = None
-        if rollout and self.backbone is None and (self.precision == "bfloat16" or can_pack(self.device)):
-            prepared = Prepared(torch.bfloat16 if self.precision == "bfloat16" else torch.float32, rows)
-        return Cache(keys, values, valid, position, length, fused, prepared)
+        cast = rollout and self.precision == "bfloat16" and self.backbone is None
+        return Cache(keys, values, valid, position, length, fused, Halved(rows) if cast else None)
 
     @torch.no_grad()
     def step(
@@ -315,8 +314,8 @@ class TransformerPolicy(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if self.backbone is not None:
                 return self.backbone(x, positions, bias, read, memory).float()
-            prepared = None if memory is None else memory.cache.prepared
-            blocks = self.blocks if prepared is None else prepared.of(self.blocks)
+            halved = None if memory is None else memory.cache.halved
+            blocks = self.blocks if halved is None else halved.of(self.blocks)
             record = None
             if self._record is not None:
                 record = self._record["attention"] = []

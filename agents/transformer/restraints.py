@@ -53,12 +53,13 @@ class Restraints:
 
     def __post_init__(self) -> None:
         for name in ("kl", "kl_target", "multiplier_rate"):
-            number_in(name, getattr(self, name), 0, 1e6)
+            object.__setattr__(self, name, number_in(name, getattr(self, name), 0, 1e6))
         for name in ("penalties", "limits"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} must be a dict of parts and numbers, got {getattr(self, name)!r}")
-            for part, value in getattr(self, name).items():
-                number_in(f"{name}[{part!r}]", value, 0, 1e6)
+            parts = getattr(self, name).items()
+            checked = {part: number_in(f"{name}[{part!r}]", value, 0, 1e6) for part, value in parts}
+            object.__setattr__(self, name, checked)
         if self.kl_target and not self.kl:
             raise ValueError(f"kl must be over 0 with kl_target={self.kl_target}, got {self.kl}")
 

@@ -11,14 +11,14 @@ import torch
 from gymnasium.error import NameNotFound
 from torch import Tensor
 
-from mmenvs.checks import integer_in, one_of
+from mmenvs.checks import check_env_kwargs, integer_in, one_of
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.joint import check_hashes, joint_hashes
 from mmenvs.embeddings.optimizers import load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, Progress
-from ..saved import check_handed, kept_arguments, why_unfit
+from ..saved import check_handed, kept_arguments, moved, why_unfit
 from . import checkpoint
 from .algorithms import RECIPES
 from .config import ATTENTION, Backbone, ModelConfig
@@ -37,6 +37,7 @@ def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
     # The command line keeps the name of a reader of real data.
     settings["env_kwargs"], others = kept_arguments(agent.settings.env_kwargs)
     settings["handed"] = sorted({*others, *agent.handed} - settings["env_kwargs"].keys())
+    settings["folder"] = os.path.abspath(folder)
     settings["joints"] = joint_hashes(agent.policy)
     tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
     if agent.reference is not None:
@@ -57,6 +58,7 @@ def load(
     compile: bool,
 ) -> TransformerAgent:
     """See :meth:`TransformerAgent.load`."""
+    check_env_kwargs(env_kwargs)
     settings, counters, coefficients = checkpoint.read(folder)
     problem = f"cannot load the agent in {str(folder)!r}: "
     try:
@@ -72,7 +74,7 @@ def load(
         if coefficients.keys() != restraints.begin().keys():
             raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
         arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
-        encoders = encoders_of(settings)
+        encoders = encoders_of(settings, folder)
         backbone = backbone_of(settings)
         found = settings.get("curriculum")
         curriculum = None if found is None or env is not None else Curriculum(**found)
@@ -125,18 +127,19 @@ def load(
 
 
 def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the class takes of the agent in ``folder`` to make its policy again, and its id and difficulty."""
+    """What the class takes of the agent in ``folder`` to make its policy again, and what it was trained on, if that has an id."""
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"init must be the folder of a transformer agent, got {folder!r}")
     settings, _, _ = checkpoint.read(folder)
     try:
         return {
             "model": ModelConfig(**settings["model"]),
-            "encoders": encoders_of(settings),
+            "encoders": encoders_of(settings, folder),
             "backbone": backbone_of(settings),
             "temperature": settings.get("temperature", 1.0),
             "fusion": settings.get("fusion", ATTENTION),
-            "trained_on": (settings["id"], settings["env_kwargs"].get("difficulty", 0)),
+            "trained_on": settings["id"]
+            and f"{settings['id']} at difficulty {settings['env_kwargs'].get('difficulty', 0)}",
         }
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -144,9 +147,11 @@ def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
 
 
-def encoders_of(settings: Mapping[str, Any]) -> dict[str, str | Pretrained]:
+def encoders_of(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, str | Pretrained]:
+    """The encoders of an agent that lies in ``folder`` now."""
+    then = settings.get("folder")
     return {
-        name: Pretrained(**encoder) if isinstance(encoder, dict) else encoder
+        name: moved(Pretrained(**encoder) if isinstance(encoder, dict) else encoder, then, folder)
         for name, encoder in settings["encoders"].items()
     }
 

@@ -91,7 +91,7 @@ def chosen(
     Raises:
         ValueError, TypeError, FileNotFoundError: for what doesn't exist or fit.
     """
-    integer_in("seed", seed, 0, 2**32 - 1)
+    seed = integer_in("seed", seed, 0, 2**32 - 1)
     one_of("method", method, tuple(RECIPES))
     recipe, restraints = recipe or RECIPES[method], restraints or Restraints()
     _check_method(method, recipe, restraints)
