@@ -21,13 +21,14 @@ ENCODER = "shapes"
 _WHOLE = {
     "n_steps": 1, "batch_size": 1, "n_epochs": 1, "buffer_size": 1, "learning_starts": 0, "train_freq": 1,
     "gradient_steps": -1, "target_update_interval": 1, "cg_max_steps": 1, "n_critic_updates": 1,
-    "line_search_max_iter": 1,
+    "line_search_max_iter": 1, "memory_mb": 1,
 }  # fmt: skip
 # ... numbers from 0 with the highest, ...
 _NUMBERS = {
     "gamma": 1, "gae_lambda": 1, "clip_range": 1e6, "clip_range_vf": 1e6, "target_kl": 1e6, "vf_coef": 1e6,
     "max_grad_norm": math.inf, "exploration_fraction": 1, "exploration_initial_eps": 1, "exploration_final_eps": 1,
     "tau": 1, "rms_prop_eps": 1e6, "cg_damping": 1e6, "line_search_shrinking_factor": 1,
+    "imitation": 1e6,
 }  # fmt: skip
 # ... of which these may be None.
 _OPTIONAL = ("clip_range_vf", "target_kl")

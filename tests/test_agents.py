@@ -287,7 +287,7 @@ def test_an_agent_of_another_joint_embedding_is_refused(tmp_path):
 
 def test_settings_by_numpy_numbers_are_saved(tmp_path):
     agent = make_agent(
-        "ppo", VQA, seed=np.int64(3), n_steps=np.int64(8), batch_size=np.int32(1), clip_range=np.float32(0.25),
+        "ppo", VQA, seed=np.int64(3), n_steps=np.int64(8), batch_size=np.int32(1), clip_range=np.float32(0.25), imitation=np.float32(0.5),
         ent_coef=np.float32(0.5), net_arch=(np.int64(8),), normalize_advantage=False, max_grad_norm=np.inf, **SMALL,
     )  # fmt: skip
     train(agent, 64, tmp_path, progress=False)
