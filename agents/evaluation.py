@@ -154,6 +154,11 @@ def evaluate(
         seen: Any = envs
         for around in (wrap, getattr(agent, "wrap", None)):
             seen = seen if around is None else around(seen)
+        needed, given = getattr(agent, "observation_space", None), seen.single_observation_space
+        if isinstance(needed, gym.spaces.Dict) and isinstance(given, gym.spaces.Dict):
+            lacking = [name for name in needed if name not in given.spaces]
+            if lacking:
+                raise ValueError(f"agent must fit {id}, which has no {', '.join(lacking)} for it to see")
         returns, lengths, successes, types = _play(predict, seen, episodes, seed, deterministic)
     finally:
         envs.close()

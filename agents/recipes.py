@@ -10,7 +10,7 @@ from typing import Any
 
 from gymnasium import spaces
 
-from mmenvs.checks import integer_in, number_in
+from mmenvs.checks import check_flag, integer_in, number_in
 from mmenvs.embeddings.encoders import encoders_fitting
 from mmenvs.registry import task_class
 
@@ -23,13 +23,14 @@ _WHOLE = {
     "gradient_steps": -1, "target_update_interval": 1, "cg_max_steps": 1, "n_critic_updates": 1,
     "line_search_max_iter": 1, "memory_mb": 1,
 }  # fmt: skip
-# ... numbers from 0 with the highest, ...
+# ... numbers from 0 with the highest, switches, ...
 _NUMBERS = {
     "gamma": 1, "gae_lambda": 1, "clip_range": 1e6, "clip_range_vf": 1e6, "target_kl": 1e6, "vf_coef": 1e6,
     "max_grad_norm": math.inf, "exploration_fraction": 1, "exploration_initial_eps": 1, "exploration_final_eps": 1,
     "tau": 1, "rms_prop_eps": 1e6, "cg_damping": 1e6, "line_search_shrinking_factor": 1,
     "imitation": 1e6,
 }  # fmt: skip
+_FLAGS = ("normalize_advantage", "use_rms_prop", "use_sde")
 # ... of which these may be None.
 _OPTIONAL = ("clip_range_vf", "target_kl")
 
@@ -75,7 +76,9 @@ class Recipe:
 def _checked(name: str, value: Any) -> Any:
     """An argument of an algorithm as the agent can be saved with it."""
     if name in _WHOLE:
-        return integer_in(name, value, _WHOLE[name], 2**53)
+        return integer_in(name, value, _WHOLE[name], 2**20 if name in ("n_steps", "batch_size") else 2**31)
+    if name in _FLAGS:
+        return check_flag(name, value)
     if name in _NUMBERS and not (name in _OPTIONAL and value is None):
         if name == "clip_range_vf" and value == 0:
             raise ValueError("clip_range_vf must be over 0, or None for no clipping, got 0")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from xxhash import xxh3_64
 from mmenvs.embeddings.encoders import HUGGING_FACE
 from mmenvs.embeddings.joint import PREFIX
 from mmenvs.embeddings.pretrained import Pretrained
+from mmenvs.files import KINDS, check_out
 
 _CHECKSUM = "xxh3_64"
 
@@ -78,6 +80,24 @@ def kept_arguments(env_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         except TypeError:
             others.append(name)
     return kept, [name for name in others if name != "source"]
+
+
+def agents_folder(folder: str | os.PathLike[str], known: Collection[Path]) -> Path:
+    """A folder to save an agent to: nothing of another agent that lies there is lost.
+
+    Args:
+        folder: needn't be there yet.
+        known: whole paths of the folders that this agent was saved to or loaded from.
+
+    Raises:
+        ValueError, TypeError: if it is no folder, or holds another agent or other results.
+    """
+    path = check_out(folder, "agent")
+    if (path / KINDS["agent"]).exists() and path.resolve() not in known:
+        raise ValueError(
+            f"out={str(folder)!r} holds another agent: choose another folder, or load that one and go on with it"
+        )
+    return path
 
 
 def check_handed(needed: Collection[str], env_kwargs: Mapping[str, Any] | None) -> None:

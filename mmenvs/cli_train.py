@@ -159,7 +159,7 @@ def train(
             check_new(out)
             model = make_agent(
                 id,
-                agent or "ppo",
+                "ppo" if agent is None else agent,
                 source,
                 fusion=fusion,
                 num_envs=num_envs,
@@ -180,7 +180,7 @@ def train(
                 precision=precision,
                 device=device,
                 seed=seed or 0,
-                env_kwargs={"difficulty": level or 0, "split": split or "train"},
+                env_kwargs={"difficulty": level or 0, "split": "train" if split is None else split},
                 encoders=None if encoder is None else encoders_of(encoder, id, source, agent == TRANSFORMER),
             )
         if watch is not None and not is_transformer(model):
@@ -307,7 +307,9 @@ def make_agent(
                 raise ValueError(f"{name} is of --agent transformer, got {str(value)!r} with {algo!r}")
         if num_envs is not None:
             arguments["num_envs"] = num_envs
-        model = agents("sb3").make_agent(algo, id, fusion=fusion or "cross_attention", **arguments)
+        model = agents("sb3").make_agent(
+            algo, id, fusion="cross_attention" if fusion is None else fusion, **arguments
+        )
     if source is not None:
         model.settings = replace(model.settings, env_kwargs={**env_kwargs, "source": whole_source(source)})
     return model
@@ -414,7 +416,7 @@ def finish(
         else:
             finished = agents("sb3").train(model, total, out)
     say(f"saved: {out} after {model.num_timesteps:,} steps")
-    if not finished:
+    if not finished and model.num_timesteps < total:
         goes_on = ("train", model.settings.id, "--out", out, "--steps", total, "--resume")
         say(f"stopped early; {stopped}: {command(*goes_on, *again)}")
         raise typer.Exit(130)

@@ -64,8 +64,12 @@ def check_out(path: str | os.PathLike[str], kind: str | None = None) -> Path:
         kind: what will be written, one of ``KINDS``; None if it is at home beside anything, as a report is.
 
     Raises:
-        ValueError: if it is a file, or holds results of another kind.
+        ValueError, TypeError: if it is a file or no path, or holds results of another kind.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"out must be the path of a folder, got {path!r}")
+    if path == "":
+        raise ValueError("out must be the path of a folder, got ''")
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"out must be a folder, {str(path)!r} is a file")

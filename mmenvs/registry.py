@@ -59,6 +59,10 @@ def register(
     """
     if id in SPECS:
         raise ValueError(f"id {id!r} is taken by {SPECS[id].task}; raise its version or choose another name")
+    if not isinstance(id, str):
+        raise TypeError(f"id must be a text such as 'Mine/Task-v0', got {id!r}")
+    if isinstance(tags, str):
+        raise TypeError(f"tags must be a tuple of texts, got {tags!r}")
     if parse_env_id(id)[2] is None:
         raise ValueError(f"id must end in a version, such as {id + '-v0'!r}, got {id!r}")
     if not isinstance(task, str):
@@ -85,11 +89,13 @@ def task_class(id: str) -> type[Task]:
     Raises:
         gymnasium.error.NameNotFound: if no environment of this suite has the id; names the nearest one and all.
     """
+    if not isinstance(id, str):
+        raise TypeError(f"id must be the id of an environment, such as 'MMRL/VQA-v0', got {id!r}")
     if id not in SPECS:
         near = difflib.get_close_matches(id, SPECS, n=1, cutoff=0.3)
         raise gym.error.NameNotFound(
             f"id {id!r} is not in the suite; {f'did you mean {near[0]}? ' if near else ''}"
-            f"There are {', '.join(SPECS)}"
+            f"there are {', '.join(SPECS)}"
         )
     return load_task(SPECS[id].task)
 

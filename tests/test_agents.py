@@ -168,7 +168,7 @@ def test_baselines_play():
         ({"clip_range": -1}, ValueError, "clip_range must be from 0 to 1e+06, got -1"),
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be from 0 to inf, got -1"),
         ({"target_kl": "x"}, TypeError, "target_kl must be a number from 0 to 1e+06, got 'x'"),
-        ({"normalize_advantage": print}, TypeError, "normalize_advantage must be a number, a text, None, or"),
+        ({"tensorboard_log": print}, TypeError, "tensorboard_log must be a number, a text, None, or"),
         ({"clip_range_vf": 0}, ValueError, "clip_range_vf must be over 0, or None for no clipping, got 0"),
         (
             {"algo": "a2c", "n_steps": 1, "num_envs": 1, "normalize_advantage": True},
@@ -176,6 +176,10 @@ def test_baselines_play():
             "got num_envs=1, n_steps=1",
         ),
         ({"algo": "dqn", "exploration_fraction": 2}, ValueError, "exploration_fraction must be from 0 to 1"),
+        ({"normalize_advantage": "yes"}, TypeError, "normalize_advantage must be True or False, got 'yes'"),
+        ({"batch_size": 10**12}, ValueError, "batch_size must be from 1 to 1048576, got 1000000000000"),
+        ({"id": None}, TypeError, "id must be the id of an environment, such as 'MMRL/VQA-v0', got None"),
+        ({"visible": ("image", "image")}, ValueError, "visible must name some of image, question"),
         ({"algo": "dqn", "train_freq": (4, "step")}, TypeError, "train_freq must be an integer from 1 to"),
         ({"algo": "dqn", "buffer_size": 0}, ValueError, "buffer_size must be from 1 to"),
         ({"entropy": 0.1}, TypeError, "'entropy' must be of the recipe (ent_coef, features_dim"),
@@ -283,6 +287,43 @@ def test_an_agent_of_another_joint_embedding_is_refused(tmp_path):
         load(folder, "cpu")
     write(0)
     load(folder, "cpu")
+
+
+def test_no_agent_is_lost_by_saving_another(tmp_path):
+    out = tmp_path / "agent"
+    first, other = (make_agent("ppo", VQA, seed=seed, **SMALL, **LITTLE["ppo"]) for seed in (0, 1))
+    train(first, 64, out, progress=False)
+    save(first, out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    for overwrite in (lambda: save(other, out), lambda: train(other, 64, out, progress=False)):
+        with pytest.raises(ValueError, match="holds another agent: choose another folder, or load that one"):
+            overwrite()
+    assert before == {path.name: path.read_bytes() for path in out.glob("*.*")}
+    again = load(out, "cpu")
+    train(again, again.num_timesteps + 64, out, progress=False)
+    assert load(out, "cpu").num_timesteps == again.num_timesteps
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "says"),
+    [
+        ("", ValueError, "out must be the path of a folder, got ''"),
+        (3, TypeError, "out must be the path of a folder, got 3"),
+        (__file__, ValueError, "out must be a folder"),
+    ],
+)
+def test_what_is_no_folder_is_refused_before_anything_is_written(tmp_path, monkeypatch, out, error, says):
+    monkeypatch.chdir(tmp_path)
+    agent = make_agent("ppo", VQA, **SMALL, **LITTLE["ppo"])
+    for write in (save, lambda agent, out: train(agent, 64, out, progress=False)):
+        with pytest.raises(error, match=re.escape(says)):
+            write(agent, out)
+    assert not list(tmp_path.iterdir()) and agent.num_timesteps == 0
+
+
+def test_train_wants_an_agent():
+    with pytest.raises(TypeError, match="agent must be one of make_agent or load, got 'x'"):
+        train("x", 64)
 
 
 def test_settings_by_numpy_numbers_are_saved(tmp_path):

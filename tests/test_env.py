@@ -320,6 +320,10 @@ def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
         ValueError, match="id must end in a version, such as 'Mine/Nothing-v0', got 'Mine/Nothing'"
     ):
         mmenvs.register("Mine/Nothing", task_class("MMRL/VQA-v0"))
+    with pytest.raises(TypeError, match="id must be a text such as 'Mine/Task-v0', got 3"):
+        mmenvs.register(3, task_class("MMRL/VQA-v0"))
+    with pytest.raises(TypeError, match="tags must be a tuple of texts, got 'abc'"):
+        mmenvs.register("Mine/Nothing-v0", task_class("MMRL/VQA-v0"), tags="abc")
     assert not {"Mine/Nothing-v0", "Mine/Nothing"} & mmenvs.SPECS.keys()
 
 

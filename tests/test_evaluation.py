@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mmenvs_agents.evaluation import Rate, evaluate
+from mmenvs_agents.sb3 import make_agent
 
 VQA = "MMRL/VQA-v0"
 CAPTIONING = "MMRL/Captioning-v0"
@@ -106,6 +107,12 @@ def test_json_holds_all_but_the_episodes():
 def test_a_plain_function_is_an_agent():
     agent = Fixed(0)
     assert evaluate(agent.predict, VQA, episodes=10).to_dict()["episodes"] == 10
+
+
+def test_an_agent_of_another_environment_is_named():
+    agent = make_agent("ppo", VQA, num_envs=2, features_dim=8, fusion="concat", encoders={}, device="cpu")
+    with pytest.raises(ValueError, match=f"agent must fit {CAPTIONING}, which has no question for it to see"):
+        evaluate(agent, CAPTIONING, episodes=4)
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,20 @@ def test_wrong_arguments(monkeypatch):
         ppo.PPORecipe(entropy="much")
 
 
+def test_no_agent_is_lost_by_saving_another(tmp_path):
+    first, other = make_agent(), make_agent(seed=1)
+    first.save(tmp_path)
+    first.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for overwrite in (lambda: other.save(tmp_path), lambda: other.learn(32, out=tmp_path)):
+        with pytest.raises(ValueError, match="holds another agent: choose another folder, or load that one"):
+            overwrite()
+    with pytest.raises(ValueError, match="out must be the path of a folder, got ''"):
+        other.learn(32, out="")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()} and not other.num_timesteps
+    TransformerAgent.load(tmp_path, device="cpu").learn(32, out=tmp_path)
+
+
 def test_settings_by_numpy_numbers_are_saved(tmp_path):
     recipe = ppo.PPORecipe(num_envs=np.int64(4), gamma=np.float32(0.5), imitation=np.float64(0))
     restraints = Restraints(kl=np.float32(0.25), penalties={"length": np.float32(0.5)})

@@ -167,7 +167,7 @@ def make_agent(
         row = 2 * sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in space.values())
         arguments["buffer_size"] = min(arguments["buffer_size"], _REPLAY_BYTES // row)
     seen = set(space)
-    if visible is not None and (not visible or set(visible) - seen):
+    if visible is not None and (not visible or set(visible) - seen or len(set(visible)) < len(visible)):
         raise ValueError(f"visible must name some of {', '.join(sorted(seen))}, got {visible!r}")
     if encoders is None:
         encoders = default_encoders(id, space, env_kwargs or {})
@@ -179,7 +179,7 @@ def make_agent(
         env_kwargs=dict(env_kwargs or {}),
         visible=visible,
         encoders={name: anchored(encoder) for name, encoder in encoders.items()},
-        precision=precision or default_precision(device),
+        precision=default_precision(device) if precision is None else precision,
         recipe=asdict(replace(recipe, arguments=arguments)),
         curriculum=curriculum,
     )
@@ -219,6 +219,7 @@ def make_agent(
     # Row i of seed s is row i - 1 of seed s + 1: agents of neighbouring seeds must not learn from the same episodes.
     env.seed(episode_seed(seed, 0))
     agent.settings, agent.progress, agent.made_env = settings, Progress(), env  # type: ignore[attr-defined]
+    agent.folders = set()  # type: ignore[attr-defined]  # that it was saved to or loaded from
     return agent
 
 

@@ -21,7 +21,7 @@ from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from ..curriculum import Curriculum, Progress
-from ..saved import check_handed, kept_arguments, moved, pack, unpack, why_unfit
+from ..saved import agents_folder, check_handed, kept_arguments, moved, pack, unpack, why_unfit
 from .agent import episode_seed, face, make_agent, settings_of
 
 FORMAT = 1
@@ -32,8 +32,11 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
 
     Weights and optimiser stand in files named after the step, and ``settings.json``, replaced last, names
     the step: a save that is cut off leaves the one before in place. A replay buffer isn't kept.
+
+    Raises:
+        ValueError, TypeError: if it is no folder, or holds another agent than this one, or other results.
     """
-    path = Path(folder)
+    path = agents_folder(folder, agent.folders)  # type: ignore[attr-defined]
     path.mkdir(parents=True, exist_ok=True)
     steps = agent.num_timesteps
     weights = agent.policy.state_dict()
@@ -61,6 +64,7 @@ def save(agent: BaseAlgorithm, folder: str | os.PathLike[str]) -> None:
     text = json.dumps(document, indent=2)
     with replacing(path / "settings.json") as file:
         file.write_text(text)
+    agent.folders.add(path.resolve())  # type: ignore[attr-defined]
     for pattern in ("weights_*.safetensors", "optimizer_*.pt"):
         for old in path.glob(pattern):
             if old.stem.split("_")[1] != str(steps):
@@ -164,6 +168,7 @@ def load(
             f"{why_unfit(env_kwargs)}"
         ) from error
     agent.num_timesteps = steps
+    agent.folders.add(path.resolve())  # type: ignore[attr-defined]
     agent.progress = progress  # type: ignore[attr-defined]
     if settings.get("curriculum") is not None:
         face(agent, progress.level)

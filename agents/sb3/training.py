@@ -40,6 +40,8 @@ def train(
     Returns:
         False if Ctrl-C ended the training early (the agent is saved then too), else True.
     """
+    if not isinstance(agent, BaseAlgorithm) or not hasattr(agent, "settings"):
+        raise TypeError(f"agent must be one of make_agent or load, got {agent!r}")
     integer_in("total_steps", total_steps, 1, 10**15)
     integer_in("checkpoint_steps", checkpoint_steps, 1, 10**15)
     if total_steps <= agent.num_timesteps:

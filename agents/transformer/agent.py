@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +24,7 @@ from mmenvs.interrupts import asked_to_stop
 from mmenvs.registry import task_class
 
 from ..curriculum import Curriculum, Progress
+from ..saved import agents_folder
 from . import saving
 from .algorithms import MODULES
 from .callbacks import Callback, Hooks
@@ -117,6 +119,7 @@ class TransformerAgent:
         temperature: float | None = None,
         compile: bool = False,
     ) -> None:
+        self.folders: set[Path] = set()  # that it was saved to or loaded from
         self.devices = Devices(device)
         self.device = self.devices.device
         settings = chosen(
@@ -246,6 +249,8 @@ class TransformerAgent:
         integer_in("checkpoint_steps", checkpoint_steps, 1, 10**15)
         if not self.devices.main:
             out = None
+        if out is not None:
+            agents_folder(out, self.folders)
         if total_steps <= self.num_timesteps:
             raise ValueError(
                 f"total_steps must be over the {self.num_timesteps} already done, got {total_steps}"
@@ -402,7 +407,11 @@ class TransformerAgent:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the agent into ``folder``, whole or not at all: ``settings.json`` and ``state_STEPS.safetensors``
-        with weights, optimiser and what PPO remembers."""
+        with weights, optimiser and what PPO remembers.
+
+        Raises:
+            ValueError, TypeError: if it is no folder, or holds another agent than this one, or other results.
+        """
         saving.save(self, folder)
 
     @classmethod

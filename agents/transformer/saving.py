@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from mmenvs.embeddings.optimizers import load_state_tensors, state_tensors
 from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, Progress
-from ..saved import check_handed, kept_arguments, moved, why_unfit
+from ..saved import agents_folder, check_handed, kept_arguments, moved, why_unfit
 from . import checkpoint
 from .algorithms import RECIPES
 from .config import ATTENTION, Backbone, ModelConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
     """See :meth:`TransformerAgent.save`."""
+    path = agents_folder(folder, agent.folders)
     settings = asdict(replace(agent.settings, env_kwargs={}))
     # The command line keeps the name of a reader of real data.
     settings["env_kwargs"], others = kept_arguments(agent.settings.env_kwargs)
@@ -47,6 +49,7 @@ def save(agent: TransformerAgent, folder: str | os.PathLike[str]) -> None:
     counters = {"steps": agent._learned, "iteration": agent.iteration, **asdict(agent.progress)}
     tensors |= state_tensors(agent.optimizer)
     checkpoint.write(folder, settings, counters, agent.coefficients, tensors)
+    agent.folders.add(path.resolve())
 
 
 def load(
@@ -102,6 +105,7 @@ def load(
         raise ValueError(f"{problem}its settings can't be used: {error}") from error
     agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
     agent.handed = tuple(handed)
+    agent.folders.add(Path(folder).resolve())
     tensors = checkpoint.read_tensors(folder, counters, str(agent.device))
     try:
         check_hashes(agent.policy, settings.get("joints", {}), encoders)

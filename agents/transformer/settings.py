@@ -131,7 +131,7 @@ def chosen(
         fixed=(),
         history=(),
         encoders={name: anchored(encoder) for name, encoder in (encoders or {}).items()},
-        precision=precision or default_precision(device.type),  # type: ignore[arg-type]
+        precision=default_precision(device.type) if precision is None else precision,  # type: ignore[arg-type]
         recipe=recipe,
         method=method,
         restraints=restraints,
