@@ -353,12 +353,12 @@ def test_an_agent_and_its_embedding_are_moved_together(tmp_path):
 def test_agents_load_from_another_folder_than_they_were_trained_in(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     save_joint(JointEmbedding(JointConfig(width=8, dim=8, text_depth=1)), tmp_path / "joint.safetensors", {})
-    for encoder in ("joint:joint.safetensors", "joint:."):
+    for folder, encoder in (("one", "joint:joint.safetensors"), ("two", "joint:.")):
         monkeypatch.chdir(tmp_path)
-        save(make_agent("ppo", VQA, encoders={"image": encoder}, **SMALL, **LITTLE["ppo"]), "agent")
+        save(make_agent("ppo", VQA, encoders={"image": encoder}, **SMALL, **LITTLE["ppo"]), folder)
         monkeypatch.chdir(tmp_path / "elsewhere")
         path = f"joint:{os.path.abspath('../' + encoder.removeprefix('joint:'))}"
-        assert settings_of(load("../agent", "cpu")).encoders == {"image": path}
+        assert settings_of(load(f"../{folder}", "cpu")).encoders == {"image": path}
 
 
 @pytest.mark.parametrize("steps", [0, -5, 1.5, "many"])

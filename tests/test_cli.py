@@ -324,7 +324,7 @@ def test_an_empty_path_is_not_the_present_folder(command):
         (f"train {VQA} --agent= --out {{}}/a", "agent must be one of 'ppo', 'a2c', 'dqn'"),
         (f"train {VQA} --fusion= --out {{}}/a", "fusion must be one of concat, weighted_sum"),
         (f"train {VQA} --split= --out {{}}/a", "split must be one of 'train', 'val'"),
-        (f"train {VQA} --precision= --out {{}}/a", "precision must be one of 'float32', 'bfloat16', got ''"),
+        (f"train {VQA} --precision= --out {{}}/a", "precision must be 'float32' or 'bfloat16', got ''"),
         (f"train {VQA} --fusion glue --out {{}}/a", "fusion must be one of concat, weighted_sum"),
         (f"train {VQA} --agent sarsa --out {{}}/a", "agent must be one of 'ppo', 'a2c', 'dqn'"),
         (f"train {VQA} --device tpu --out {{}}/a", "device must be 'auto', 'cpu' or 'cuda'"),

@@ -213,7 +213,7 @@ def test_seeds_per_row_and_without_seed(id):
     envs = gym.make_vec(id, num_envs=3)
     several, _ = envs.reset(seed=[5, None, 5])
     assert all(same(v[0], v[2]) for v in several.values())
-    unseeded = gym.make_vec(id, num_envs=3)
+    unseeded = gym.make_vec(id, num_envs=3, difficulty=1)  # at 0 one pair in 12,000 is the same
     observation, _ = unseeded.reset()
     assert len({b"".join(parts) for parts in zip(*map(rows_of, observation.values()), strict=True)}) == 3
 
