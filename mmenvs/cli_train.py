@@ -149,10 +149,8 @@ def train(
                 asked["backbone"] = saved["backbone"]
             for name, value in asked.items():
                 if value not in (None, saved[name]):
-                    option = {"algo": "agent", "method": "algo"}.get(name, name)
-                    raise ValueError(
-                        f"{option} of the agent in {str(out)!r} is {saved[name]!r}, not {value!r}"
-                    )
+                    what = {"algo": "", "method": "algo of "}.get(name, f"{name} of ")
+                    raise ValueError(f"{what}the agent in {str(out)!r} is {saved[name]!r}, not {value!r}")
             if total <= model.num_timesteps:
                 raise ValueError(f"steps must be over the {model.num_timesteps} already done, got {steps!r}")
         else:

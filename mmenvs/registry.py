@@ -92,9 +92,12 @@ def task_class(id: str) -> type[Task]:
     if not isinstance(id, str):
         raise TypeError(f"id must be the id of an environment, such as 'MMRL/VQA-v0', got {id!r}")
     if id not in SPECS:
-        near = difflib.get_close_matches(id, SPECS, n=1, cutoff=0.3)
+        # Without the parts that all have, in which anything would be like one of them.
+        names = {known.split("/")[-1].split("-v")[0].lower(): known for known in SPECS}
+        asked = id.split("/")[-1].split("-v")[0].lower()
+        near = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
         raise gym.error.NameNotFound(
-            f"id {id!r} is not in the suite; {f'did you mean {near[0]}? ' if near else ''}"
+            f"id {id!r} is not in the suite; {f'did you mean {names[near[0]]}? ' if near else ''}"
             f"there are {', '.join(SPECS)}"
         )
     return load_task(SPECS[id].task)

@@ -335,9 +335,10 @@ def test_open_source(small, monkeypatch, tmp_path):
         ("imagenet:/data", VQA_ID, ValueError, "source must be"),
         ("coco:/data", VQA_ID, ValueError, "'coco' is for MMRL/Captioning-v0, not for MMRL/VQA-v0"),
         ("vqav2:/data", "MMRL/AudioVisualMatching-v0", ValueError, "'vqav2' is for MMRL/VQA-v0"),
-        ("vqav2:/nowhere", VQA_ID, FileNotFoundError, f"/nowhere lacks {photos.QUESTIONS}; {photos.ANNOTATIONS}; train2014"),
-        ("vqav2:/nowhere:val2014", VQA_ID, FileNotFoundError, "v2_mscoco_val2014_annotations.json; val2014"),
-        ("coco:/nowhere", CAPTION_ID, FileNotFoundError, "captions_train2014.json or captions_train2014.json; train2014"),
+        ("vqav2:/nowhere", VQA_ID, FileNotFoundError, "there is no folder '/nowhere' to read real data from"),
+        ("vqav2:/tmp", VQA_ID, FileNotFoundError, f"/tmp lacks {photos.QUESTIONS}; {photos.ANNOTATIONS}; train2014"),
+        ("vqav2:/tmp:val2014", VQA_ID, FileNotFoundError, "v2_mscoco_val2014_annotations.json; val2014"),
+        ("coco:/tmp", CAPTION_ID, FileNotFoundError, "captions_train2014.json or captions_train2014.json; train2014"),
     ],
 )  # fmt: skip
 def test_open_source_errors(text, id, error, match):

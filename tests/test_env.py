@@ -285,8 +285,13 @@ def test_make_imports_the_package_by_itself():
 
 
 def test_unknown_id_names_the_nearest():
-    with pytest.raises(gym.error.NameNotFound, match="MMRL/VQA-v0"):
-        task_class("MMRL/VQ-v0")
+    for id, near in (("MMRL/VQ-v0", "VQA"), ("vqa", "VQA"), ("MMRL/Captions-v0", "Captioning")):
+        with pytest.raises(gym.error.NameNotFound, match=f"did you mean MMRL/{near}-v0"):
+            task_class(id)
+    with pytest.raises(
+        gym.error.NameNotFound, match="'CartPole-v1' is not in the suite; there are MMRL/VQA-v0"
+    ):
+        task_class("CartPole-v1")
 
 
 @given(st.integers(2**64 - 3, 2**70), st.integers(0, 2**20))

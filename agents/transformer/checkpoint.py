@@ -81,7 +81,9 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]
         counters |= {name: integer_in(name, document.get(name, 0), 0, 10**15) for name in PROGRESS}
         coefficients = {str(name): float(value) for name, value in document["coefficients"].items()}
         return dict(document["settings"]), counters, coefficients
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{problem}{SETTINGS} is damaged: it lacks {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{problem}{SETTINGS} is damaged: {error}") from error
 
 

@@ -86,7 +86,9 @@ def load(
         progress = Progress(*(counters[name] for name in checkpoint.PROGRESS))
         if curriculum is not None:
             integer_in("level", progress.level, 0, curriculum.last)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: it lacks {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}{checkpoint.SETTINGS} is damaged: {error}") from error
     if id is None and env is None:
         raise ValueError(f"{problem}it was made with a vector environment: load(..., env=...) needs one")

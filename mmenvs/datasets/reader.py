@@ -183,6 +183,8 @@ def official_files(root: str | Path, part: str, names: dict[str, tuple[str, ...]
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(map(repr, PARTS))}, got {part!r}")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"there is no folder {str(root)!r} to read real data from")
     found: dict[str, Path] = {}
     missing = []
     for thing, places in names.items():
