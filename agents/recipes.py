@@ -17,7 +17,7 @@ from mmenvs.registry import task_class
 # Encodes what doesn't change within an episode, unless an agent is asked to look in another way: on both tasks of
 # docs/results/compare it beats encoders trained from pixels.
 ENCODER = "shapes"
-# Arguments of algorithms that Stable-Baselines3 takes as they are: whole numbers with the lowest, ...
+# Arguments of algorithms, most of which Stable-Baselines3 takes unchecked: whole numbers with the lowest, ...
 _WHOLE = {
     "n_steps": 1, "batch_size": 1, "n_epochs": 1, "buffer_size": 1, "learning_starts": 0, "train_freq": 1,
     "gradient_steps": -1, "target_update_interval": 1, "cg_max_steps": 1, "n_critic_updates": 1,

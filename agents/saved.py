@@ -37,11 +37,14 @@ def whole_path(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def moved(encoder: str | Pretrained, then: str | None, now: str | os.PathLike[str]) -> str | Pretrained:
-    """An encoder whose path has gone, where it is as seen from the agent's folder: they were moved together.
+def saved_encoders(
+    encoders: Mapping[str, Any], then: str | None, now: str | os.PathLike[str]
+) -> dict[str, str | Pretrained]:
+    """The encoders of an agent's file. Where the path of one has gone, it is taken from where it is as seen from the
+    agent's folder: they were moved together.
 
     Args:
-        encoder: as it was saved.
+        encoders: as JSON holds them.
         then: the agent's folder when it was saved; agents of before have none.
         now: its folder now.
     """
@@ -52,9 +55,12 @@ def moved(encoder: str | Pretrained, then: str | None, now: str | os.PathLike[st
         there = os.path.normpath(os.path.join(os.path.abspath(now), os.path.relpath(path, then)))
         return there if os.path.exists(there) else path
 
-    if isinstance(encoder, str) and encoder.startswith(PREFIX):
-        return PREFIX + found(encoder.removeprefix(PREFIX))
-    return _with_source(encoder, found)
+    def restored(encoder: Any) -> str | Pretrained:
+        if isinstance(encoder, str) and encoder.startswith(PREFIX):
+            return PREFIX + found(encoder.removeprefix(PREFIX))
+        return _with_source(Pretrained(**encoder) if isinstance(encoder, dict) else encoder, found)
+
+    return {name: restored(encoder) for name, encoder in encoders.items()}
 
 
 def _with_source(encoder: str | Pretrained, change: Callable[[str], str]) -> str | Pretrained:

@@ -17,11 +17,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from mmenvs.checks import check_env_kwargs, integer_in
 from mmenvs.embeddings.joint import check_hashes, joint_hashes
-from mmenvs.embeddings.pretrained import Pretrained
 from mmenvs.files import replacing
 
 from ..curriculum import Curriculum, Progress
-from ..saved import agents_folder, check_handed, kept_arguments, moved, pack, unpack, why_unfit
+from ..saved import agents_folder, check_handed, kept_arguments, pack, saved_encoders, unpack, why_unfit
 from .agent import episode_seed, face, make_agent, settings_of
 
 FORMAT = 1
@@ -115,7 +114,6 @@ def load(
         settings = dict(document["settings"])
         steps = integer_in("steps", document["steps"], 0, 10**15)
         joints = dict(document.get("joints", {}))
-        then = document.get("folder")
         handed = [str(name) for name in document.get("handed", [])]
         progress = Progress(**document.get("progress", {}))
         if settings.get("curriculum") is not None:
@@ -127,10 +125,7 @@ def load(
         recipe["net_arch"] = tuple(recipe["net_arch"])
         settings["visible"] = None if settings["visible"] is None else tuple(settings["visible"])
         settings["env_kwargs"] = {**settings["env_kwargs"], **(env_kwargs or {})}
-        settings["encoders"] = {
-            name: moved(Pretrained(**encoder) if isinstance(encoder, dict) else encoder, then, path)
-            for name, encoder in settings["encoders"].items()
-        }
+        settings["encoders"] = saved_encoders(settings["encoders"], document.get("folder"), path)
     except KeyError as error:
         raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:

@@ -16,10 +16,9 @@ from mmenvs.checks import check_env_kwargs, integer_in, one_of
 from mmenvs.embeddings.embedding import resolve_device
 from mmenvs.embeddings.joint import check_hashes, joint_hashes
 from mmenvs.embeddings.optimizers import load_state_tensors, state_tensors
-from mmenvs.embeddings.pretrained import Pretrained
 
 from ..curriculum import Curriculum, Progress
-from ..saved import agents_folder, check_handed, kept_arguments, moved, why_unfit
+from ..saved import agents_folder, check_handed, kept_arguments, saved_encoders, why_unfit
 from . import checkpoint
 from .algorithms import RECIPES
 from .config import ATTENTION, Backbone, ModelConfig
@@ -77,7 +76,7 @@ def load(
         if coefficients.keys() != restraints.begin().keys():
             raise ValueError(f"coefficients don't fit its restraints: {coefficients}")
         arguments = {name: settings[name] for name in ("seed", "precision", "fixed", "history")}
-        encoders = encoders_of(settings, folder)
+        encoders = saved_encoders(settings["encoders"], settings.get("folder"), folder)
         backbone = backbone_of(settings)
         found = settings.get("curriculum")
         curriculum = None if found is None or env is not None else Curriculum(**found)
@@ -140,7 +139,7 @@ def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return {
             "model": ModelConfig(**settings["model"]),
-            "encoders": encoders_of(settings, folder),
+            "encoders": saved_encoders(settings["encoders"], settings.get("folder"), folder),
             "backbone": backbone_of(settings),
             "temperature": settings.get("temperature", 1.0),
             "fusion": settings.get("fusion", ATTENTION),
@@ -151,15 +150,6 @@ def policy_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"cannot begin with the agent in {str(folder)!r}: {checkpoint.SETTINGS} is damaged: {error}"
         ) from error
-
-
-def encoders_of(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, str | Pretrained]:
-    """The encoders of an agent that lies in ``folder`` now."""
-    then = settings.get("folder")
-    return {
-        name: moved(Pretrained(**encoder) if isinstance(encoder, dict) else encoder, then, folder)
-        for name, encoder in settings["encoders"].items()
-    }
 
 
 def backbone_of(settings: Mapping[str, Any]) -> Backbone | None:
