@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from mmenvs.checks import integer_in
+from mmenvs.checks import integer_in, number_in
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,16 @@ class Curriculum:
     window: int = 1000
 
     def __post_init__(self) -> None:
-        integer_in("difficulty of a curriculum", self.last, 1, 3)
-        integer_in("window", self.window, 1, 10**9)
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise TypeError(f"threshold must be a number from 0 to 1, got {self.threshold!r}")
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold must be at least 0 and under 1, got {self.threshold}")
+        # Plain numbers in place of NumPy's, which JSON doesn't take.
+        checked = {
+            "last": integer_in("difficulty of a curriculum", self.last, 1, 3),
+            "threshold": number_in("threshold", self.threshold, 0, 1),
+            "window": integer_in("window", self.window, 1, 10**9),
+        }
+        if checked["threshold"] == 1:
+            raise ValueError("threshold must be under 1, as no success is above it, got 1")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def at_last(self, env_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         """The environment's arguments at the last difficulty, where an agent is scored.

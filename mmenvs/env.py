@@ -13,7 +13,7 @@ from gymnasium import spaces
 from mmenvs import registry
 from mmenvs.checks import one_of
 from mmenvs.spaces import modality_of
-from mmenvs.tasks.base import Task
+from mmenvs.tasks.base import Task, check_task, taken, told
 from mmenvs.text import Vocabulary
 
 _ONE = np.zeros(1, np.int64)
@@ -60,13 +60,15 @@ def load_and_check(
     one_of("text", text, ("ids", "string"))
     cls = registry.load_task(task) if isinstance(task, str) else task
     try:
-        return cls(num_envs, **kwargs)
+        made = cls(num_envs, **kwargs)
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             known = [name for name in inspect.signature(cls).parameters if name != "num_envs"]
             known += others
             raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(known)}") from None
         raise
+    check_task(made)
+    return made
 
 
 class MultimodalEnv(gym.Env[dict[str, Any], int]):
@@ -131,7 +133,7 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
             raise gym.error.InvalidAction(
                 f"action must be an integer from 0 to {self.action_space.n - 1}, got {action!r}"
             )
-        rewards, ended = self.task.step(_ONE, np.array([action], np.int64))
+        rewards, ended = taken(self.task, _ONE, np.array([action], np.int64))
         self._running = not ended[0]
         return self._observation(), float(rewards[0]), bool(ended[0]), False, self._info()
 
@@ -172,4 +174,4 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
         return observation
 
     def _info(self) -> dict[str, Any]:
-        return {key: self.task.info_types[key](value[0]) for key, value in self.task.info(_ONE).items()}
+        return {key: self.task.info_types[key](value[0]) for key, value in told(self.task, _ONE).items()}

@@ -17,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 from mmenvs.checks import integer_in, one_of
 from mmenvs.env import check_options, load_and_check, new_seed, seed_word, string_space
 from mmenvs.infos import LateArray, StepInfos
-from mmenvs.tasks.base import Rows, Task
+from mmenvs.tasks.base import Rows, Task, taken, told
 
 Observation = dict[str, Any]
 Info = dict[str, Any]
@@ -180,7 +180,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         again = np.flatnonzero(waiting)
         rewards = np.zeros(self.num_envs, np.float64)
         terminated = np.zeros(self.num_envs, np.bool_)
-        rewards[rows], terminated[rows] = self.task.step(rows, acting)
+        rewards[rows], terminated[rows] = taken(self.task, rows, acting)
         self._steps[rows] += 1
         truncated = np.zeros(self.num_envs, np.bool_)
         if self.max_episode_steps is not None:
@@ -331,7 +331,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         infos: Info = {}
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True
-        for key, value in self.task.info(rows).items():
+        for key, value in told(self.task, rows).items():
             if rows.size == self.num_envs:
                 infos[key] = np.asarray(value, self.task.info_types[key])
             else:

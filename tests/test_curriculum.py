@@ -1,7 +1,7 @@
 """Curriculum over difficulty: promotions, what is logged of them, and that they survive a restart."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
@@ -226,6 +226,10 @@ def test_what_does_not_fit():
     for wrong in ({"last": 0}, {"last": 1, "window": 0}, {"last": 1, "threshold": 1.0}):
         with pytest.raises(ValueError, match="must be"):
             Curriculum(**wrong)
+    with pytest.raises(TypeError, match="threshold must be a number from 0 to 1, got 'high'"):
+        Curriculum(1, threshold="high")
+    numpys = Curriculum(np.int64(1), np.float32(0.5), np.int64(9))
+    assert json.loads(json.dumps(asdict(numpys))) == {"last": 1, "threshold": 0.5, "window": 9}
     with pytest.raises(ValueError, match="curriculum goes with an id"):
         make_agent(gym.make_vec(VQA, num_envs=2), curriculum=EAGER)
     with pytest.raises(

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmenvs
-from mmenvs.env import seed_word
+from mmenvs.env import MultimodalEnv, seed_word
 from mmenvs.registry import task_class
 from mmenvs.tasks.base import Task
+from mmenvs.vector import MultimodalVectorEnv
 from mmenvs.world.scene import SPLITS
 
 IDS = sorted(id for id in mmenvs.SPECS if id.startswith("MMRL/"))
@@ -330,6 +331,96 @@ def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
     with pytest.raises(TypeError, match="tags must be a tuple of texts, got 'abc'"):
         mmenvs.register("Mine/Nothing-v0", task_class("MMRL/VQA-v0"), tags="abc")
     assert not {"Mine/Nothing-v0", "Mine/Nothing"} & mmenvs.SPECS.keys()
+
+
+class Coin(Task):
+    """Heads or tails; ``faults`` replace what it declares and gives."""
+
+    faults: dict = {}  # noqa: RUF012
+
+    def __init__(self, num_envs, *, split="train", difficulty=0):
+        super().__init__(num_envs, split=split, difficulty=difficulty)
+        self.observation_space = gym.spaces.Dict({"seen": gym.spaces.Box(0, 1, (1,))})
+        self.action_space, self.info_types = gym.spaces.Discrete(2), {"is_success": bool}
+        for name, value in self.faults.items():
+            setattr(self, name, value)
+
+    def sample(self, rows):
+        pass
+
+    def observe(self, rows, out):
+        out["seen"][rows] = 0.5
+
+    def step(self, rows, actions):
+        return (actions == 1).astype(float), np.ones(rows.size, bool)
+
+    def info(self, rows):
+        return {"is_success": np.ones(rows.size, bool)}
+
+    oracle = describe = render = None
+
+
+SPACES = gym.spaces
+DECLARED_WRONG = [
+    (
+        {"action_space": SPACES.Box(-1, 1, (2,))},
+        TypeError,
+        "Coin.action_space must be a Discrete space, got Box",
+    ),
+    ({"action_space": SPACES.Discrete(2, start=1)}, ValueError, "action_space must begin at 0"),
+    ({"observation_space": SPACES.Box(0, 1, (1,))}, TypeError, "observation_space must be a Dict space"),
+    (
+        {"observation_space": SPACES.Dict({"seen": SPACES.Discrete(3)})},
+        TypeError,
+        r"observation_space\['seen'\] must be a Box space",
+    ),
+    (
+        {"info_types": {"is_success": str}},
+        TypeError,
+        "info_types must be a dict from names to bool, int or float",
+    ),
+    ({"fixed": frozenset({"sene"})}, ValueError, r"fixed must name observations \(seen\), got \['sene'\]"),
+]
+GIVEN_WRONG = [
+    (
+        {"step": lambda rows, actions: (np.full(rows.size, np.nan), np.ones(rows.size, bool))},
+        "finite rewards, got .*nan",
+    ),
+    (
+        {"step": lambda rows, actions: (np.zeros((rows.size, 1)), np.ones(rows.size, bool))},
+        r"must give numbers \(\d,\) as rewards, got float64 \(\d, 1\)",
+    ),
+    (
+        {"step": lambda rows, actions: (np.zeros(rows.size), np.ones(rows.size))},
+        r"must give bools \(\d,\) as ends, got float64",
+    ),
+    (
+        {"info": lambda rows: {"is_success": np.ones(rows.size), "more": np.ones(rows.size)}},
+        r"info_types declares \(is_success\), got is_success, more",
+    ),
+    ({"info": lambda rows: {}}, "info_types declares"),
+]
+
+
+@pytest.mark.parametrize(("faults", "error", "told"), DECLARED_WRONG, ids=lambda x: str(x)[:30])
+def test_a_task_that_declares_what_environments_cannot_work_with_is_refused_when_made(faults, error, told):
+    task = type("Coin", (Coin,), {"faults": faults})
+    for make in (MultimodalEnv, MultimodalVectorEnv):
+        with pytest.raises(error, match=told):
+            make(task)
+
+
+@pytest.mark.parametrize(("faults", "told"), [({}, None), *GIVEN_WRONG], ids=lambda x: str(x)[:30])
+def test_a_task_that_gives_other_than_it_promises_is_named(faults, told):
+    task = type("Coin", (Coin,), {"faults": faults})
+    for env, action in ((MultimodalEnv(task), 1), (MultimodalVectorEnv(task, 2), np.array([1, 1]))):
+        if told is None:
+            env.reset(seed=0)
+            assert np.all(env.step(action)[1] == 1.0)
+            continue
+        with pytest.raises(ValueError, match=f"Coin.*{told}"):
+            env.reset(seed=0)
+            env.step(action)
 
 
 def test_arguments_that_no_environment_has_are_named():

@@ -104,6 +104,11 @@ def load(
         raise
     except Exception as error:
         raise ValueError(f"{problem}its settings can't be used: {error}") from error
+    unknown = settings.keys() - vars(agent.settings).keys() - {"handed", "folder", "joints"}
+    if unknown:
+        raise ValueError(
+            f"{problem}{checkpoint.SETTINGS} is damaged: no agent has the settings {', '.join(sorted(unknown))}"
+        )
     agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
     agent.handed = tuple(handed)
     agent.folders.add(Path(folder).resolve())
