@@ -13,7 +13,8 @@ from gymnasium import spaces
 from mmenvs import registry
 from mmenvs.checks import one_of
 from mmenvs.spaces import modality_of
-from mmenvs.tasks.base import Task, check_task, taken, told
+from mmenvs.tasks import checked
+from mmenvs.tasks.base import Task
 from mmenvs.text import Vocabulary
 
 _ONE = np.zeros(1, np.int64)
@@ -67,7 +68,7 @@ def load_and_check(
             known += others
             raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(known)}") from None
         raise
-    check_task(made)
+    checked.check_task(made, num_envs, text)
     return made
 
 
@@ -98,7 +99,7 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
             self.observation_space = string_space(self.task.observation_space, self.task.vocabulary)
         self._seed: int | None = None
         self._episode = 0
-        self._running = False
+        self._running = self._observed = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -133,14 +134,14 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
             raise gym.error.InvalidAction(
                 f"action must be an integer from 0 to {self.action_space.n - 1}, got {action!r}"
             )
-        rewards, ended = taken(self.task, _ONE, np.array([action], np.int64))
+        rewards, ended = checked.step(self.task, _ONE, np.array([action], np.int64))
         self._running = not ended[0]
         return self._observation(), float(rewards[0]), bool(ended[0]), False, self._info()
 
     def oracle_action(self) -> int:
         """The best next action of the current episode."""
         self._need_episode()
-        return int(self.task.oracle(_ONE)[0])
+        return int(checked.oracle(self.task, _ONE)[0])
 
     def describe(self) -> dict[str, Any]:
         """The current episode in words; the answer once it has ended."""
@@ -166,7 +167,11 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
             key: np.empty((1, *(part.shape or ())), part.dtype)
             for key, part in self.task.observation_space.items()
         }
-        self.task.observe(_ONE, out)
+        if self._observed:
+            self.task.observe(_ONE, out)
+        else:
+            checked.observe(self.task, _ONE, out)
+            self._observed = True
         observation: dict[str, Any] = {key: value[0] for key, value in out.items()}
         for key, part in self.observation_space.items():
             if isinstance(part, spaces.Text):
@@ -174,4 +179,6 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
         return observation
 
     def _info(self) -> dict[str, Any]:
-        return {key: self.task.info_types[key](value[0]) for key, value in told(self.task, _ONE).items()}
+        return {
+            key: self.task.info_types[key](value[0]) for key, value in checked.info(self.task, _ONE).items()
+        }

@@ -17,7 +17,8 @@ from gymnasium.vector.utils import batch_space
 from mmenvs.checks import integer_in, one_of
 from mmenvs.env import check_options, load_and_check, new_seed, seed_word, string_space
 from mmenvs.infos import LateArray, StepInfos
-from mmenvs.tasks.base import Rows, Task, taken, told
+from mmenvs.tasks import checked
+from mmenvs.tasks.base import Rows, Task
 
 Observation = dict[str, Any]
 Info = dict[str, Any]
@@ -180,7 +181,8 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         again = np.flatnonzero(waiting)
         rewards = np.zeros(self.num_envs, np.float64)
         terminated = np.zeros(self.num_envs, np.bool_)
-        rewards[rows], terminated[rows] = taken(self.task, rows, acting)
+        if rows.size:
+            rewards[rows], terminated[rows] = checked.step(self.task, rows, acting)
         self._steps[rows] += 1
         truncated = np.zeros(self.num_envs, np.bool_)
         if self.max_episode_steps is not None:
@@ -205,7 +207,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         """The best next action of every row, ``(num_envs,)`` int64."""
         if self._last is None:
             raise gym.error.ResetNeeded("call reset() before oracle_actions()")
-        return self.task.oracle(self._all)
+        return checked.oracle(self.task, self._all)
 
     def describe(self, row: int) -> dict[str, Any]:
         """The episode of ``row`` in words."""
@@ -285,8 +287,11 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         last = self._last
         out = {key: buffers.take() for key, buffers in self._buffers.items()}
         everything = changed.size == self.num_envs
-        if last is None or everything:
-            self.task.observe(self._all if everything else changed, out)
+        if last is None:
+            checked.observe(self.task, changed, out)
+            return out
+        if everything:
+            self.task.observe(self._all, out)
             self._kept = {}
             return out
         fixed = {key: value for key, value in out.items() if key in self.task.fixed}
@@ -331,9 +336,9 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
         infos: Info = {}
         mask = np.zeros(self.num_envs, np.bool_)
         mask[rows] = True
-        for key, value in told(self.task, rows).items():
+        for key, value in checked.info(self.task, rows).items():
             if rows.size == self.num_envs:
-                infos[key] = np.asarray(value, self.task.info_types[key])
+                infos[key] = np.array(value, self.task.info_types[key])
             else:
                 infos[key] = np.zeros(self.num_envs, self.task.info_types[key])
                 infos[key][rows] = value

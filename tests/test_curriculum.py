@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mmenvs_agents import sb3
 from mmenvs_agents.curriculum import Curriculum, Progress
+from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.recipes import RECIPES
 from mmenvs_agents.transformer.agent import TransformerAgent
 from typer.testing import CliRunner
@@ -218,6 +219,10 @@ def test_success_must_be_told():
             ValueError, match="a curriculum needs is_success in the infos, Test/Silent-v0 has none"
         ):
             Curriculum(1).check("Test/Silent-v0", {}, ("image", "question"))
+        with pytest.raises(
+            ValueError, match="with is_success in its infos, Test/Silent-v0 has question_type"
+        ):
+            evaluate("random", "Test/Silent-v0", episodes=2)
     finally:
         del SPECS["Test/Silent-v0"], gym.registry["Test/Silent-v0"]
 

@@ -349,7 +349,8 @@ class Coin(Task):
         pass
 
     def observe(self, rows, out):
-        out["seen"][rows] = 0.5
+        if "seen" in out:
+            out["seen"][rows] = 0.5
 
     def step(self, rows, actions):
         return (actions == 1).astype(float), np.ones(rows.size, bool)
@@ -357,7 +358,10 @@ class Coin(Task):
     def info(self, rows):
         return {"is_success": np.ones(rows.size, bool)}
 
-    oracle = describe = render = None
+    def oracle(self, rows):
+        return np.ones(rows.size, np.int64)
+
+    describe = render = None
 
 
 SPACES = gym.spaces
@@ -369,6 +373,7 @@ DECLARED_WRONG = [
     ),
     ({"action_space": SPACES.Discrete(2, start=1)}, ValueError, "action_space must begin at 0"),
     ({"observation_space": SPACES.Box(0, 1, (1,))}, TypeError, "observation_space must be a Dict space"),
+    ({"observation_space": SPACES.Dict({})}, ValueError, "observation_space must hold one"),
     (
         {"observation_space": SPACES.Dict({"seen": SPACES.Discrete(3)})},
         TypeError,
@@ -379,26 +384,69 @@ DECLARED_WRONG = [
         TypeError,
         "info_types must be a dict from names to bool, int or float",
     ),
-    ({"fixed": frozenset({"sene"})}, ValueError, r"fixed must name observations \(seen\), got \['sene'\]"),
+    ({"info_types": {"is_success": [int]}}, TypeError, "info_types must be a dict from names to bool, int"),
+    ({"info_types": {"final_obs": int}}, ValueError, "none of episode, final_obs.*got 'final_obs'"),
+    ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
+    ({"streams": np.zeros(7, np.uint64)}, ValueError, r"must call super.*makes streams \(\d,\), got \(7,\)"),
 ]
+
+
+def both(rewards, ends):
+    return {"step": lambda rows, actions: (rewards(rows), ends(rows))}
+
+
+def ones(rows):
+    return np.ones(rows.size, bool)
+
+
 GIVEN_WRONG = [
     (
-        {"step": lambda rows, actions: (np.full(rows.size, np.nan), np.ones(rows.size, bool))},
-        "finite rewards, got .*nan",
+        both(lambda rows: np.full(rows.size, np.nan), ones),
+        ValueError,
+        "step .*finite rewards, got nan in row 0",
     ),
     (
-        {"step": lambda rows, actions: (np.zeros((rows.size, 1)), np.ones(rows.size, bool))},
-        r"must give numbers \(\d,\) as rewards, got float64 \(\d, 1\)",
+        both(lambda rows: np.zeros((rows.size, 1)), ones),
+        ValueError,
+        r"floats \(\d,\) as rewards, got float64 \(\d, 1",
+    ),
+    (both(ones, lambda rows: np.ones(rows.size)), ValueError, r"bools \(\d,\) as ends, got float64 \(\d,\)"),
+    ({"step": lambda rows, actions: (ones(rows),) * 3}, TypeError, "step must give rewards and ends, got"),
+    ({"step": lambda rows, actions: None}, TypeError, "step must give rewards and ends, got None"),
+    ({"info": lambda rows: None}, TypeError, "info must give a dict, got None"),
+    ({"info": lambda rows: {}}, ValueError, "info must give .*which differs in 'is_success'"),
+    (
+        {"info": lambda rows: {"is_success": ones(rows), 3: ones(rows)}},
+        ValueError,
+        r"\(is_success\), .* in 3",
     ),
     (
-        {"step": lambda rows, actions: (np.zeros(rows.size), np.ones(rows.size))},
-        r"must give bools \(\d,\) as ends, got float64",
+        {"info": lambda rows: {"is_success": ones(rows) * 0.5}},
+        ValueError,
+        r"bools \(\d,\) as 'is_success', got float",
     ),
     (
-        {"info": lambda rows: {"is_success": np.ones(rows.size), "more": np.ones(rows.size)}},
-        r"info_types declares \(is_success\), got is_success, more",
+        {"info": lambda rows: {"is_success": ones(rows)[:, None]}},
+        ValueError,
+        r"as 'is_success', got bool \(\d, 1",
     ),
-    ({"info": lambda rows: {}}, "info_types declares"),
+    (
+        {"observe": lambda rows, out: out["seen"].fill(7)},
+        ValueError,
+        r"numbers of observation_space\['seen'\].*got 7",
+    ),
+    ({"observe": lambda rows, out: out["seen"].fill(np.nan)}, ValueError, "got nan"),
+    (
+        {"observe": lambda rows, out: out.update(seen=np.zeros(1))},
+        ValueError,
+        "must write into the arrays of out",
+    ),
+    (
+        {"oracle": lambda rows: np.full(rows.size, 9)},
+        ValueError,
+        "oracle must give actions from 0 to 1, got 9",
+    ),
+    ({"oracle": lambda rows: None}, ValueError, r"ints \(\d,\) as actions, got object"),
 ]
 
 
@@ -410,17 +458,46 @@ def test_a_task_that_declares_what_environments_cannot_work_with_is_refused_when
             make(task)
 
 
-@pytest.mark.parametrize(("faults", "told"), [({}, None), *GIVEN_WRONG], ids=lambda x: str(x)[:30])
-def test_a_task_that_gives_other_than_it_promises_is_named(faults, told):
+@pytest.mark.parametrize(("faults", "error", "told"), GIVEN_WRONG, ids=lambda x: str(x)[:30])
+def test_a_task_that_gives_other_than_it_promises_is_named(faults, error, told):
     task = type("Coin", (Coin,), {"faults": faults})
-    for env, action in ((MultimodalEnv(task), 1), (MultimodalVectorEnv(task, 2), np.array([1, 1]))):
-        if told is None:
+    for env, action, oracle in (
+        (MultimodalEnv(task), 1, "oracle_action"),
+        (MultimodalVectorEnv(task, 2), np.array([1, 1]), "oracle_actions"),
+    ):
+        with pytest.raises(error, match=f"Coin.*{told}"):
             env.reset(seed=0)
-            assert np.all(env.step(action)[1] == 1.0)
-            continue
-        with pytest.raises(ValueError, match=f"Coin.*{told}"):
-            env.reset(seed=0)
+            getattr(env, oracle)()
             env.step(action)
+
+
+def test_a_task_may_give_lists_and_views_of_what_it_keeps():
+    """Also in steps in which no row acts; and infos that were handed out stay as they are."""
+
+    class Listing(Coin):
+        def __init__(self, num_envs):
+            super().__init__(num_envs)
+            self.won = np.zeros(num_envs, bool)
+
+        def sample(self, rows):
+            self.won[rows] = False
+
+        def step(self, rows, actions):
+            self.won[rows] = actions == 1
+            return [float(action == 1) for action in actions], np.array([action >= 0 for action in actions])
+
+        def info(self, rows):
+            return {"is_success": self.won if rows.size == self.num_envs else self.won[rows]}
+
+    envs = MultimodalVectorEnv(Listing, 2, autoreset_mode="NextStep")
+    _, before = envs.reset(seed=0)
+    assert envs.step(np.array([1, 0]))[1].tolist() == [1.0, 0.0]
+    assert before["is_success"].tolist() == [False, False]
+    _, rewards, terminated, _, infos = envs.step(np.array([1, 1]))
+    assert not rewards.any() and not terminated.any() and not infos["is_success"].any()
+    assert envs.step(np.array([0, 1]))[1].tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="text must be 'ids' for Listing, which has no vocabulary"):
+        MultimodalEnv(Listing, text="string")
 
 
 def test_arguments_that_no_environment_has_are_named():

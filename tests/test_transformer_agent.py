@@ -282,7 +282,7 @@ def damaged(folder, change):
         (lambda d: d["settings"]["model"].update(depth=64), "damaged"),
         (lambda d: d["settings"]["recipe"].update(gamma=2.0), "gamma must be from 0 to 1"),
         (lambda d: d["settings"].update(precision="int4"), "precision"),
-        (lambda d: d["settings"].update(temprature=2.0), "no agent has the settings temprature"),
+        (lambda d: d["settings"].update(temprature=2.0), "unknown settings temprature"),
         (lambda d: d["settings"].update(fusion="glue"), "fusion must be one of"),
         (lambda d: d["settings"].update(fusion="film"), "don't fit"),
         (lambda d: d["settings"].update(encoders={"image": "nothing"}), "nothing"),

@@ -107,7 +107,7 @@ def load(
     unknown = settings.keys() - vars(agent.settings).keys() - {"handed", "folder", "joints"}
     if unknown:
         raise ValueError(
-            f"{problem}{checkpoint.SETTINGS} is damaged: no agent has the settings {', '.join(sorted(unknown))}"
+            f"{problem}{checkpoint.SETTINGS} is damaged or of a later version: unknown settings {', '.join(sorted(unknown))}"
         )
     agent.settings = replace(agent.settings, id=id, env_kwargs=kwargs)
     agent.handed = tuple(handed)

@@ -27,74 +27,12 @@ def check_with_source(pool_size: Any, difficulty: int) -> None:
         )
 
 
-def check_task(task: Task) -> None:
-    """Refuse a task whose declarations the environments can't work with: it is found when it is made, not in its first step.
-
-    Raises:
-        TypeError, ValueError: names the attribute and what it must be.
-    """
-    name = type(task).__name__
-    for attribute, kind in (("observation_space", spaces.Dict), ("action_space", spaces.Discrete)):
-        space = getattr(task, attribute, None)
-        if not isinstance(space, kind):
-            raise TypeError(f"{name}.{attribute} must be a {kind.__name__} space, got {space!r}")
-    if task.action_space.start != 0:
-        raise ValueError(f"{name}.action_space must begin at 0, got {task.action_space!r}")
-    for key, part in task.observation_space.items():
-        if not isinstance(part, spaces.Box):
-            raise TypeError(f"{name}.observation_space[{key!r}] must be a Box space, got {part!r}")
-    kinds = getattr(task, "info_types", None)
-    if not isinstance(kinds, dict) or set(kinds.values()) - {bool, int, float}:
-        raise TypeError(f"{name}.info_types must be a dict from names to bool, int or float, got {kinds!r}")
-    for attribute in ("fixed", "history"):
-        unknown = sorted(getattr(task, attribute) - set(task.observation_space))
-        if unknown:
-            raise ValueError(
-                f"{name}.{attribute} must name observations ({', '.join(task.observation_space)}), got {unknown}"
-            )
-
-
-def taken(
-    task: Task, rows: Rows, actions: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """A step of a task, whose rewards and ends are as :meth:`Task.step` promises.
-
-    Raises:
-        ValueError: if they aren't; names the task and what it gave.
-    """
-    given = task.step(rows, actions)
-    rewards, ended = np.asarray(given[0]), np.asarray(given[1])
-    for what, array, kinds in (("rewards", rewards, "fiub"), ("ends", ended, "b")):
-        if array.shape != rows.shape or array.dtype.kind not in kinds:
-            raise ValueError(
-                f"{type(task).__name__}.step must give {'numbers' if array is rewards else 'bools'} ({rows.size},) as {what}, "
-                f"got {array.dtype} {array.shape}"
-            )
-    if not np.isfinite(rewards).all():
-        raise ValueError(f"{type(task).__name__}.step must give finite rewards, got {rewards}")
-    return rewards, ended
-
-
-def told(task: Task, rows: Rows) -> dict[str, npt.NDArray[Any]]:
-    """The infos of a task, which are those that it declares.
-
-    Raises:
-        ValueError: if others are there or some are missing.
-    """
-    infos = task.info(rows)
-    if infos.keys() != task.info_types.keys():
-        raise ValueError(
-            f"{type(task).__name__}.info must give what info_types declares ({', '.join(task.info_types)}), "
-            f"got {', '.join(infos)}"
-        )
-    return infos
-
-
 class Task(ABC):
     """``num_envs`` episodes of one task, each with its own random stream.
 
     A subclass sets the spaces and ``info_types`` in ``__init__``, draws nothing there, keeps the state
-    of its episodes in arrays with ``num_envs`` rows and works on the ``rows`` it is handed only.
+    of its episodes in arrays with ``num_envs`` rows and works on the ``rows`` it is handed only. The environments hold
+    it to that by ``checked.py``.
 
     Args:
         num_envs: number of rows.
@@ -116,9 +54,11 @@ class Task(ABC):
     history: ClassVar[frozenset[str]] = frozenset()
 
     observation_space: spaces.Dict
-    action_space: spaces.Discrete
+    action_space: spaces.Discrete  # from 0 on
     vocabulary: Vocabulary
-    info_types: dict[str, type]  # every key of the infos and its Python type: bool, int or float
+    info_types: dict[
+        str, type
+    ]  # every key of the infos, in every step, and its Python type: bool, int or float
     pool: Rows | None = None
     item: Rows
 
@@ -182,7 +122,7 @@ class Task(ABC):
         """Act in ``rows``. Actions are already checked to lie in the action space.
 
         Returns:
-            Rewards, float64 ``(len(rows),)``, and whether each episode ended, bool ``(len(rows),)``.
+            Rewards, finite float64 ``(len(rows),)``, and whether each episode ended, bool ``(len(rows),)``.
         """
 
     @abstractmethod

@@ -1,0 +1,146 @@
+"""Tasks held to what :class:`~mmenvs.tasks.base.Task` promises, so that a mistake in one is named where it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from mmenvs.tasks.base import Rows, Task
+from mmenvs.text import Vocabulary
+
+# Kinds of NumPy's dtypes that stand for each type of an info.
+_KINDS = {bool: "b", int: "biu", float: "biuf"}
+# Keys of infos that Gymnasium, Stable-Baselines3 or the native vector environment set.
+_OWNED = ("episode", "final_obs", "final_info", "terminal_observation", "TimeLimit.truncated")
+
+
+def check_task(task: Task, num_envs: int, text: str) -> None:
+    """Refuse a task that declares what the environments can't work with.
+
+    Raises:
+        TypeError, ValueError: names the attribute and what it must be.
+    """
+    name = type(task).__name__
+    for attribute, kind in (("observation_space", spaces.Dict), ("action_space", spaces.Discrete)):
+        space = getattr(task, attribute, None)
+        if not isinstance(space, kind):
+            raise TypeError(f"{name}.{attribute} must be a {kind.__name__} space, got {space!r}")
+    if task.action_space.start != 0:
+        raise ValueError(f"{name}.action_space must begin at 0, got {task.action_space!r}")
+    if not task.observation_space.spaces:
+        raise ValueError(f"{name}.observation_space must hold one observation at least, got an empty Dict")
+    for key, part in task.observation_space.items():
+        if not isinstance(part, spaces.Box):
+            raise TypeError(f"{name}.observation_space[{key!r}] must be a Box space, got {part!r}")
+    types = getattr(task, "info_types", None)
+    if not isinstance(types, dict) or any(kind not in (bool, int, float) for kind in types.values()):
+        raise TypeError(f"{name}.info_types must be a dict from names to bool, int or float, got {types!r}")
+    for key in types:
+        if not isinstance(key, str) or key in _OWNED or key.startswith("_"):
+            raise ValueError(
+                f"{name}.info_types must have texts as names, without a leading '_' and none of {', '.join(_OWNED)}, "
+                f"got {key!r}"
+            )
+    # Compiled code writes into these without looking at their length.
+    for attribute in ("streams", "pool_index"):
+        array = getattr(task, attribute, None)
+        if not isinstance(array, np.ndarray) or array.shape != (num_envs,):
+            raise ValueError(
+                f"{name}.__init__ must call super().__init__(num_envs, ...), which makes {attribute} ({num_envs},), got "
+                f"{array if array is None else array.shape}"
+            )
+    if text == "string" and not isinstance(getattr(task, "vocabulary", None), Vocabulary):
+        raise ValueError(f"text must be 'ids' for {name}, which has no vocabulary, got 'string'")
+
+
+def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
+    """The first observations of a task, which lie in its space; later ones aren't looked at, as that takes time.
+
+    Raises:
+        ValueError: names the observation, and what was found or left out.
+    """
+    name, given = type(task).__name__, dict(out)
+    task.observe(rows, out)
+    if out.keys() != given.keys() or any(out[key] is not array for key, array in given.items()):
+        raise ValueError(
+            f"{name}.observe must write into the arrays of out, as in out[key][rows] = ..., and set no others"
+        )
+    for key, array in given.items():
+        space: Any = task.observation_space[key]
+        if array.dtype == np.uint8:
+            continue  # a space of bytes holds them all
+        wrong = ~((array[rows] >= space.low) & (array[rows] <= space.high))  # so NaN is wrong, too
+        if wrong.any():
+            raise ValueError(
+                f"{name}.observe must write numbers of observation_space[{key!r}], {space}, got "
+                f"{array[rows][wrong].flat[0]}"
+            )
+
+
+def step(
+    task: Task, rows: Rows, actions: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """A step of a task: finite rewards and whether each episode ended.
+
+    Raises:
+        TypeError, ValueError: names what it gave in their place.
+    """
+    name, given = type(task).__name__, task.step(rows, actions)
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise TypeError(f"{name}.step must give rewards and ends, got {given!r}")
+    rewards = _column(given[0], rows, f"{name}.step", "rewards", float)
+    ended = _column(given[1], rows, f"{name}.step", "ends", bool)
+    finite = np.isfinite(rewards)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise ValueError(f"{name}.step must give finite rewards, got {rewards[first]} in row {rows[first]}")
+    return rewards, ended
+
+
+def info(task: Task, rows: Rows) -> dict[str, npt.NDArray[Any]]:
+    """The infos of a task, which are those that it declares.
+
+    Raises:
+        TypeError, ValueError: names what is missing, undeclared or of another shape or type.
+    """
+    name, given = type(task).__name__, task.info(rows)
+    if not isinstance(given, dict):
+        raise TypeError(f"{name}.info must give a dict, got {given!r}")
+    differing = given.keys() ^ task.info_types.keys()
+    if differing:
+        raise ValueError(
+            f"{name}.info must give what info_types declares ({', '.join(task.info_types)}), which differs in "
+            f"{', '.join(sorted(map(repr, differing)))}"
+        )
+    return {
+        key: _column(value, rows, f"{name}.info", repr(key), task.info_types[key])
+        for key, value in given.items()
+    }
+
+
+def oracle(task: Task, rows: Rows) -> npt.NDArray[np.int64]:
+    """The actions of a task's oracle, which lie in its action space.
+
+    Raises:
+        ValueError: names what it gave in their place.
+    """
+    name, n = type(task).__name__, int(task.action_space.n)
+    actions: npt.NDArray[np.int64] = _column(task.oracle(rows), rows, f"{name}.oracle", "actions", int)
+    if actions.size and not 0 <= actions.min() <= actions.max() < n:
+        raise ValueError(
+            f"{name}.oracle must give actions from 0 to {n - 1}, got {actions.min()} to {actions.max()}"
+        )
+    return actions
+
+
+def _column(value: Any, rows: Rows, method: str, what: str, kind: type) -> npt.NDArray[Any]:
+    """One number for each row, of a type that stands for ``kind``."""
+    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    if array.shape != rows.shape or array.dtype.kind not in _KINDS[kind]:
+        raise ValueError(
+            f"{method} must give {kind.__name__}s ({rows.size},) as {what}, got {array.dtype} {array.shape}"
+        )
+    return array
