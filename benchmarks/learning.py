@@ -139,6 +139,8 @@ def table(path: Path) -> str:
                 agent = f"PPO, {only[0]} only" if only else f"PPO, {row['fusion']}"
                 if row.get("encoders"):
                     agent += f", {next(iter(row['encoders'].values()))}"
+                if "batch_size" in row:
+                    agent += f", minibatches of {row['batch_size']}"
             lines.append(
                 f"| {row['id']} | {row['difficulty']} | {agent} | {row['steps']:,} | {row['score']:.3f} "
                 f"| {row['low']:.3f} to {row['high']:.3f} | {row['train_cpu_seconds'] / 60:.1f} |"

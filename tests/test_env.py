@@ -423,12 +423,12 @@ GIVEN_WRONG = [
     (
         {"info": lambda rows: {"is_success": ones(rows) * 0.5}},
         ValueError,
-        r"bools \(\d,\) as 'is_success', got float",
+        r"bools \(\d,\) as is_success, got float",
     ),
     (
         {"info": lambda rows: {"is_success": ones(rows)[:, None]}},
         ValueError,
-        r"as 'is_success', got bool \(\d, 1",
+        r"as is_success, got bool \(\d, 1",
     ),
     (
         {"observe": lambda rows, out: out["seen"].fill(7)},

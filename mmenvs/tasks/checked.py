@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -88,15 +89,17 @@ def step(
     Raises:
         TypeError, ValueError: names what it gave in their place.
     """
-    name, given = type(task).__name__, task.step(rows, actions)
+    given = task.step(rows, actions)
     if not isinstance(given, tuple) or len(given) != 2:
-        raise TypeError(f"{name}.step must give rewards and ends, got {given!r}")
-    rewards = _column(given[0], rows, f"{name}.step", "rewards", float)
-    ended = _column(given[1], rows, f"{name}.step", "ends", bool)
-    finite = np.isfinite(rewards)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        raise ValueError(f"{name}.step must give finite rewards, got {rewards[first]} in row {rows[first]}")
+        raise TypeError(f"{type(task).__name__}.step must give rewards and ends, got {given!r}")
+    rewards = _column(task, "step", "rewards", given[0], rows, float)
+    ended = _column(task, "step", "ends", given[1], rows, bool)
+    # NaN and infinity stay in a sum.
+    if not math.isfinite(rewards.sum()):
+        first = int(np.argmin(np.isfinite(rewards)))
+        raise ValueError(
+            f"{type(task).__name__}.step must give finite rewards, got {rewards[first]} in row {rows[first]}"
+        )
     return rewards, ended
 
 
@@ -106,19 +109,16 @@ def info(task: Task, rows: Rows) -> dict[str, npt.NDArray[Any]]:
     Raises:
         TypeError, ValueError: names what is missing, undeclared or of another shape or type.
     """
-    name, given = type(task).__name__, task.info(rows)
+    given, types = task.info(rows), task.info_types
     if not isinstance(given, dict):
-        raise TypeError(f"{name}.info must give a dict, got {given!r}")
-    differing = given.keys() ^ task.info_types.keys()
-    if differing:
+        raise TypeError(f"{type(task).__name__}.info must give a dict, got {given!r}")
+    if given.keys() != types.keys():
+        differing = ", ".join(sorted(map(repr, given.keys() ^ types.keys())))
         raise ValueError(
-            f"{name}.info must give what info_types declares ({', '.join(task.info_types)}), which differs in "
-            f"{', '.join(sorted(map(repr, differing)))}"
+            f"{type(task).__name__}.info must give what info_types declares ({', '.join(types)}), which differs in "
+            f"{differing}"
         )
-    return {
-        key: _column(value, rows, f"{name}.info", repr(key), task.info_types[key])
-        for key, value in given.items()
-    }
+    return {key: _column(task, "info", key, value, rows, types[key]) for key, value in given.items()}
 
 
 def oracle(task: Task, rows: Rows) -> npt.NDArray[np.int64]:
@@ -127,20 +127,21 @@ def oracle(task: Task, rows: Rows) -> npt.NDArray[np.int64]:
     Raises:
         ValueError: names what it gave in their place.
     """
-    name, n = type(task).__name__, int(task.action_space.n)
-    actions: npt.NDArray[np.int64] = _column(task.oracle(rows), rows, f"{name}.oracle", "actions", int)
+    n = int(task.action_space.n)
+    actions: npt.NDArray[np.int64] = _column(task, "oracle", "actions", task.oracle(rows), rows, int)
     if actions.size and not 0 <= actions.min() <= actions.max() < n:
         raise ValueError(
-            f"{name}.oracle must give actions from 0 to {n - 1}, got {actions.min()} to {actions.max()}"
+            f"{type(task).__name__}.oracle must give actions from 0 to {n - 1}, got {actions.min()} to {actions.max()}"
         )
     return actions
 
 
-def _column(value: Any, rows: Rows, method: str, what: str, kind: type) -> npt.NDArray[Any]:
+def _column(task: Task, method: str, what: str, value: Any, rows: Rows, kind: type) -> npt.NDArray[Any]:
     """One number for each row, of a type that stands for ``kind``."""
     array = value if isinstance(value, np.ndarray) else np.asarray(value)
     if array.shape != rows.shape or array.dtype.kind not in _KINDS[kind]:
         raise ValueError(
-            f"{method} must give {kind.__name__}s ({rows.size},) as {what}, got {array.dtype} {array.shape}"
+            f"{type(task).__name__}.{method} must give {kind.__name__}s ({rows.size},) as {what}, got {array.dtype} "
+            f"{array.shape}"
         )
     return array
