@@ -65,7 +65,10 @@ def register(
         raise TypeError(f"tags must be a tuple of texts, got {tags!r}")
     if parse_env_id(id)[2] is None:
         raise ValueError(f"id must end in a version, such as {id + '-v0'!r}, got {id!r}")
-    if not isinstance(task, str):
+    if isinstance(task, str):
+        if not all(task.partition(":")):
+            raise ValueError(f"task must be a class or 'module:Class', got {task!r}")
+    else:
         from mmenvs.tasks.base import Task
 
         if not (isinstance(task, type) and issubclass(task, Task)):
@@ -73,6 +76,10 @@ def register(
         missing = sorted(task.__abstractmethods__)
         if missing:
             raise TypeError(f"task must have all methods of a Task, {task!r} lacks {', '.join(missing)}")
+        if "." in task.__qualname__:
+            raise TypeError(
+                f"task must be a class at the top of a module, where it can be found again, got {task!r}"
+            )
     path = task if isinstance(task, str) else f"{task.__module__}:{task.__qualname__}"
     SPECS[id] = Spec(id, path, tuple(tags), dict(kwargs or {}), min_score, max_score)
     gym.register(

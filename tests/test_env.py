@@ -328,6 +328,8 @@ def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
         mmenvs.register("Mine/Nothing", task_class("MMRL/VQA-v0"))
     with pytest.raises(TypeError, match="id must be a text such as 'Mine/Task-v0', got 3"):
         mmenvs.register(3, task_class("MMRL/VQA-v0"))
+    with pytest.raises(ValueError, match=r"task must be a class or 'module:Class', got 'mine\.Task'"):
+        mmenvs.register("Mine/Nothing-v0", "mine.Task")
     with pytest.raises(TypeError, match="tags must be a tuple of texts, got 'abc'"):
         mmenvs.register("Mine/Nothing-v0", task_class("MMRL/VQA-v0"), tags="abc")
     assert not {"Mine/Nothing-v0", "Mine/Nothing"} & mmenvs.SPECS.keys()
@@ -387,7 +389,12 @@ DECLARED_WRONG = [
     ({"info_types": {"is_success": [int]}}, TypeError, "info_types must be a dict from names to bool, int"),
     ({"info_types": {"final_obs": int}}, ValueError, "none of episode, final_obs.*got 'final_obs'"),
     ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
-    ({"streams": np.zeros(7, np.uint64)}, ValueError, r"must call super.*makes streams \(\d,\), got \(7,\)"),
+    ({"streams": [0]}, ValueError, r"must call super.*makes the array streams \(\d,\), got \[0\]"),
+    (
+        {"streams": np.zeros(7, np.uint64)},
+        ValueError,
+        r"must call super.*makes the array streams \(\d,\), got \(7,\)",
+    ),
 ]
 
 
@@ -413,6 +420,11 @@ GIVEN_WRONG = [
     (both(ones, lambda rows: np.ones(rows.size)), ValueError, r"bools \(\d,\) as ends, got float64 \(\d,\)"),
     ({"step": lambda rows, actions: (ones(rows),) * 3}, TypeError, "step must give rewards and ends, got"),
     ({"step": lambda rows, actions: None}, TypeError, "step must give rewards and ends, got None"),
+    (
+        {"info": lambda rows: {"is_success": [[True], []] * rows.size}},
+        ValueError,
+        r"as is_success, got object \(\d+,\)",
+    ),
     ({"info": lambda rows: None}, TypeError, "info must give a dict, got None"),
     ({"info": lambda rows: {}}, ValueError, "info must give .*which differs in 'is_success'"),
     (
@@ -484,18 +496,23 @@ def test_a_task_may_give_lists_and_views_of_what_it_keeps():
 
         def step(self, rows, actions):
             self.won[rows] = actions == 1
-            return [float(action == 1) for action in actions], np.array([action >= 0 for action in actions])
+            # Their sum is over what a float holds.
+            return [1e308 * (action == 1) for action in actions], np.array(
+                [action >= 0 for action in actions]
+            )
 
         def info(self, rows):
             return {"is_success": self.won if rows.size == self.num_envs else self.won[rows]}
 
     envs = MultimodalVectorEnv(Listing, 2, autoreset_mode="NextStep")
     _, before = envs.reset(seed=0)
-    assert envs.step(np.array([1, 0]))[1].tolist() == [1.0, 0.0]
+    assert envs.step(np.array([1, 1]))[1].tolist() == [1e308, 1e308]
     assert before["is_success"].tolist() == [False, False]
     _, rewards, terminated, _, infos = envs.step(np.array([1, 1]))
     assert not rewards.any() and not terminated.any() and not infos["is_success"].any()
-    assert envs.step(np.array([0, 1]))[1].tolist() == [0.0, 1.0]
+    assert envs.step(np.array([0, 1]))[1].tolist() == [0.0, 1e308]
+    with pytest.raises(TypeError, match="task must be a class at the top of a module"):
+        mmenvs.register("Mine/Nothing-v0", Listing)
     with pytest.raises(ValueError, match="text must be 'ids' for Listing, which has no vocabulary"):
         MultimodalEnv(Listing, text="string")
 

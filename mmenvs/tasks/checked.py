@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -50,8 +49,8 @@ def check_task(task: Task, num_envs: int, text: str) -> None:
         array = getattr(task, attribute, None)
         if not isinstance(array, np.ndarray) or array.shape != (num_envs,):
             raise ValueError(
-                f"{name}.__init__ must call super().__init__(num_envs, ...), which makes {attribute} ({num_envs},), got "
-                f"{array if array is None else array.shape}"
+                f"{name}.__init__ must call super().__init__(num_envs, ...), which makes the array {attribute} ({num_envs},), got "
+                f"{array.shape if isinstance(array, np.ndarray) else array!r}"
             )
     if text == "string" and not isinstance(getattr(task, "vocabulary", None), Vocabulary):
         raise ValueError(f"text must be 'ids' for {name}, which has no vocabulary, got 'string'")
@@ -94,9 +93,9 @@ def step(
         raise TypeError(f"{type(task).__name__}.step must give rewards and ends, got {given!r}")
     rewards = _column(task, "step", "rewards", given[0], rows, float)
     ended = _column(task, "step", "ends", given[1], rows, bool)
-    # NaN and infinity stay in a sum.
-    if not math.isfinite(rewards.sum()):
-        first = int(np.argmin(np.isfinite(rewards)))
+    finite = np.isfinite(rewards)
+    if not finite.all():
+        first = int(np.argmin(finite))
         raise ValueError(
             f"{type(task).__name__}.step must give finite rewards, got {rewards[first]} in row {rows[first]}"
         )
@@ -138,7 +137,10 @@ def oracle(task: Task, rows: Rows) -> npt.NDArray[np.int64]:
 
 def _column(task: Task, method: str, what: str, value: Any, rows: Rows, kind: type) -> npt.NDArray[Any]:
     """One number for each row, of a type that stands for ``kind``."""
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(value, object)
     if array.shape != rows.shape or array.dtype.kind not in _KINDS[kind]:
         raise ValueError(
             f"{type(task).__name__}.{method} must give {kind.__name__}s ({rows.size},) as {what}, got {array.dtype} "
