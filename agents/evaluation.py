@@ -149,11 +149,11 @@ def evaluate(
     begin = time.perf_counter()
     made = gym.make_vec(id, num_envs=num_envs, **{**(env_kwargs or {}), "split": split})
     envs: MultimodalVectorEnv = made  # type: ignore[assignment]
-    if "is_success" not in envs.task.info_types:
-        raise ValueError(
-            f"id must be an environment with is_success in its infos, {id} has {', '.join(envs.task.info_types)}"
-        )
     try:
+        if "is_success" not in envs.task.info_types:
+            raise ValueError(
+                f"id must be an environment with is_success in its infos, {id} has {', '.join(envs.task.info_types)}"
+            )
         predict = _predictor(agent, envs, seed)
         seen: Any = envs
         for around in (wrap, getattr(agent, "wrap", None)):

@@ -449,6 +449,14 @@ GIVEN_WRONG = [
     ),
     ({"observe": lambda rows, out: out["seen"].fill(np.nan)}, ValueError, "got nan"),
     (
+        {
+            "observation_space": SPACES.Dict({"seen": SPACES.Box(0, 1, (1,), np.uint8)}),
+            "observe": lambda rows, out: out["seen"].fill(255),
+        },
+        ValueError,
+        r"observation_space\['seen'\].*got 255",
+    ),
+    (
         {"observe": lambda rows, out: out.update(seen=np.zeros(1))},
         ValueError,
         "must write into the arrays of out",

@@ -56,9 +56,8 @@ class Task(ABC):
     observation_space: spaces.Dict
     action_space: spaces.Discrete  # from 0 on
     vocabulary: Vocabulary
-    info_types: dict[
-        str, type
-    ]  # every key of the infos, in every step, and its Python type: bool, int or float
+    # Every key of the infos, in every step, and its Python type: bool, int or float.
+    info_types: dict[str, type]
     pool: Rows | None = None
     item: Rows
 
