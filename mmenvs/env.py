@@ -68,7 +68,7 @@ def load_and_check(
             known += others
             raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(known)}") from None
         raise
-    checked.check_task(made, num_envs, text)
+    checked.check_task(made, num_envs, text, kwargs)
     return made
 
 

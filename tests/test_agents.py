@@ -254,10 +254,11 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({**document, "agent": "transformer"}))
     with pytest.raises(ValueError, match=r"it is a transformer agent, which TransformerAgent.load reads"):
         load(tmp_path, "cpu")
-    del document["settings"]["recipe"]
-    (tmp_path / "settings.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"settings.json is damaged: it lacks 'recipe'$"):
-        load(tmp_path, "cpu")
+    for name in ("seed", "recipe"):
+        del document["settings"][name]
+        (tmp_path / "settings.json").write_text(json.dumps(document))
+        with pytest.raises(ValueError, match=rf"settings.json is damaged: it lacks '{name}'$"):
+            load(tmp_path, "cpu")
     save(agent, tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="weights_0"):

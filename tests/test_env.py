@@ -386,14 +386,19 @@ DECLARED_WRONG = [
         TypeError,
         "info_types must be a dict from names to bool, int or float",
     ),
+    (
+        {"info_types": {"is_success": float}},
+        TypeError,
+        r"info_types\['is_success'\] must be bool, got .*float",
+    ),
     ({"info_types": {"is_success": [int]}}, TypeError, "info_types must be a dict from names to bool, int"),
     ({"info_types": {"final_obs": int}}, ValueError, "none of episode, final_obs.*got 'final_obs'"),
     ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
-    ({"streams": [0]}, ValueError, r"must call super.*makes the array streams \(\d,\), got \[0\]"),
+    ({"streams": [0]}, ValueError, r"must call super.*makes streams a uint64 \(\d,\), got \[0\]"),
     (
         {"streams": np.zeros(7, np.uint64)},
         ValueError,
-        r"must call super.*makes the array streams \(\d,\), got \(7,\)",
+        r"must call super.*makes streams a uint64 \(\d,\), got uint64 \(7,\)",
     ),
 ]
 
@@ -489,6 +494,19 @@ def test_a_task_that_gives_other_than_it_promises_is_named(faults, error, told):
             env.reset(seed=0)
             getattr(env, oracle)()
             env.step(action)
+
+
+def test_a_task_that_forgets_its_split_is_refused():
+    class Forgetful(Coin):
+        def __init__(self, num_envs, *, split="train", difficulty=0):
+            super().__init__(num_envs)
+
+    MultimodalEnv(Forgetful, split="train", difficulty=0)
+    for make in (MultimodalEnv, MultimodalVectorEnv):
+        with pytest.raises(ValueError, match=r"Forgetful.* must hand split='test' on .* has 'train'"):
+            make(Forgetful, split="test")
+        with pytest.raises(ValueError, match="must hand difficulty=2 on to super"):
+            make(Forgetful, difficulty=2)
 
 
 def test_a_task_may_give_lists_and_views_of_what_it_keeps():

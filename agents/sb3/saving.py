@@ -112,7 +112,7 @@ def load(
         raise ValueError(f"{problem}settings.json has format {found!r}, this version reads format {FORMAT}")
     try:
         settings = dict(document["settings"])
-        steps = integer_in("steps", document["steps"], 0, 10**15)
+        steps, seed = integer_in("steps", document["steps"], 0, 10**15), settings["seed"]
         joints = dict(document.get("joints", {}))
         handed = [str(name) for name in document.get("handed", [])]
         progress = Progress(**document.get("progress", {}))
@@ -168,5 +168,5 @@ def load(
     if settings.get("curriculum") is not None:
         face(agent, progress.level)
     # A resumed run must not see the episodes of its beginning again.
-    agent.get_env().seed(episode_seed(settings["seed"], steps))  # type: ignore[union-attr]
+    agent.get_env().seed(episode_seed(seed, steps))  # type: ignore[union-attr]
     return agent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,20 @@ _KINDS = {bool: "b", int: "biu", float: "biuf"}
 _OWNED = ("episode", "final_obs", "final_info", "terminal_observation", "TimeLimit.truncated")
 
 
-def check_task(task: Task, num_envs: int, text: str) -> None:
-    """Refuse a task that declares what the environments can't work with.
+def check_task(task: Task, num_envs: int, text: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a task that was made with other ``arguments`` or declares what the environments can't work with.
 
     Raises:
         TypeError, ValueError: names the attribute and what it must be.
     """
     name = type(task).__name__
+    # Or its scores would be of another split than asked for.
+    for attribute in ("split", "difficulty", "pool_size"):
+        asked, has = arguments.get(attribute), getattr(task, attribute, None)
+        if asked is not None and asked != has:
+            raise ValueError(
+                f"{name}.__init__ must hand {attribute}={asked!r} on to super().__init__, the task has {has!r}"
+            )
     for attribute, kind in (("observation_space", spaces.Dict), ("action_space", spaces.Discrete)):
         space = getattr(task, attribute, None)
         if not isinstance(space, kind):
@@ -44,13 +52,15 @@ def check_task(task: Task, num_envs: int, text: str) -> None:
                 f"{name}.info_types must have texts as names, without a leading '_' and none of {', '.join(_OWNED)}, "
                 f"got {key!r}"
             )
+    if types.get("is_success", bool) is not bool:
+        raise TypeError(f"{name}.info_types['is_success'] must be bool, got {types['is_success']!r}")
     # Compiled code writes into these without looking at their length.
-    for attribute in ("streams", "pool_index"):
+    for attribute, dtype in (("streams", np.uint64), ("pool_index", np.int64)):
         array = getattr(task, attribute, None)
-        if not isinstance(array, np.ndarray) or array.shape != (num_envs,):
+        if not isinstance(array, np.ndarray) or array.shape != (num_envs,) or array.dtype != dtype:
             raise ValueError(
-                f"{name}.__init__ must call super().__init__(num_envs, ...), which makes the array {attribute} ({num_envs},), got "
-                f"{array.shape if isinstance(array, np.ndarray) else array!r}"
+                f"{name}.__init__ must call super().__init__(num_envs, ...), which makes {attribute} a {dtype.__name__} ({num_envs},), "
+                f"got {f'{array.dtype} {array.shape}' if isinstance(array, np.ndarray) else repr(array)}"
             )
     if text == "string" and not isinstance(getattr(task, "vocabulary", None), Vocabulary):
         raise ValueError(f"text must be 'ids' for {name}, which has no vocabulary, got 'string'")
@@ -63,10 +73,15 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         ValueError: names the observation, and what was found or left out.
     """
     name, given = type(task).__name__, dict(out)
-    task.observe(rows, out)
-    if out.keys() != given.keys() or any(out[key] is not array for key, array in given.items()):
+    answer: Any = task.observe(rows, out)
+    if (
+        answer is not None
+        or out.keys() != given.keys()
+        or any(out[key] is not array for key, array in given.items())
+    ):
         raise ValueError(
-            f"{name}.observe must write into the arrays of out, as in out[key][rows] = ..., and set no others"
+            f"{name}.observe must write into the arrays of out, as in out[key][rows] = ..., set no others and give "
+            "nothing back"
         )
     for key, array in given.items():
         space: Any = task.observation_space[key]
