@@ -254,7 +254,7 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({**document, "agent": "transformer"}))
     with pytest.raises(ValueError, match=r"it is a transformer agent, which TransformerAgent.load reads"):
         load(tmp_path, "cpu")
-    for name in ("seed", "recipe"):
+    for name in ("recipe", "seed"):
         del document["settings"][name]
         (tmp_path / "settings.json").write_text(json.dumps(document))
         with pytest.raises(ValueError, match=rf"settings.json is damaged: it lacks '{name}'$"):
