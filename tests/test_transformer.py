@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmenvs_agents.transformer import episodes as episodes_module
+from mmenvs_agents.transformer import model, prepared
 from mmenvs_agents.transformer.actions import action_head
 from mmenvs_agents.transformer.config import SIZES, ModelConfig
 from mmenvs_agents.transformer.model import Cache, Episodes, TransformerPolicy
@@ -167,32 +167,38 @@ def test_one_observation_has_nothing_to_be_fused_with():
     assert torch.equal(without, fused) and policies[0].state_dict().keys() == policies[1].state_dict().keys()
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_weights_in_half_precision_are_cast_once_in_a_rollout_and_anew_when_they_change(monkeypatch, packed):
-    if packed and not episodes_module.can_pack(torch.device("cpu")):
-        pytest.skip("weights are packed on x86 processors that multiply bfloat16 only")
-    monkeypatch.setattr(episodes_module, "can_pack", lambda device: packed)
-    policy = make_policy()
-    policy.precision = policy.extractor.precision = "bfloat16"
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("precision", "packed"), [("float32", True), ("bfloat16", True), ("bfloat16", False)]
+)
+def test_weights_are_made_ready_once_in_a_rollout_and_anew_when_they_change(
+    monkeypatch, layout, precision, packed
+):
+    if packed and not prepared.can_pack(torch.device("cpu"), getattr(torch, precision)):
+        pytest.skip("weights are packed on x86 processors only, in bfloat16 on those that multiply it")
+    monkeypatch.setattr(prepared, "can_pack", lambda device, dtype: packed)
+    policy = make_policy(layout)
+    policy.precision = policy.extractor.precision = precision
     episodes = make_episodes(policy, [5, 1, 3, 5])
-    assert policy.cache(4).halved is None
+    assert policy.cache(4).prepared is None
     cache = policy.cache(4, rollout=True)
     # Packed weights may be added up in another order.
     near = {"rtol": 0.0, "atol": 1e-5 if packed else 0.0}
     for _ in range(2):
         each, once = played(policy, episodes), played(policy, episodes, cache)
         torch.testing.assert_close(once, each, **near)
-        blocks = cache.halved.blocks
+        blocks = cache.prepared.blocks
         assert played(policy, episodes, cache.take(torch.arange(4)))[1].equal(once[1])
-        assert cache.halved.blocks is blocks  # still the same
-        assert any(isinstance(part, episodes_module.PackedLinear) for part in blocks[0].modules()) == packed
+        assert cache.prepared.blocks is blocks  # still the same
+        assert isinstance(blocks[0], prepared.PackedBlock) == packed
         with torch.no_grad():
             for weight in policy.blocks.parameters():
                 weight.mul_(1.5)
         assert not torch.allclose(played(policy, episodes)[1], each[1], **near)
     assert all(weight.dtype == torch.float32 for weight in policy.parameters())
+    monkeypatch.setattr(prepared, "can_pack", lambda device, dtype: False)
     policy.precision = policy.extractor.precision = "float32"
-    assert policy.cache(4, rollout=True).halved is None
+    assert policy.cache(4, rollout=True).prepared is None
 
 
 def test_half_precision_plays_on_processors_without_arithmetic_for_it():
@@ -204,13 +210,19 @@ def test_half_precision_plays_on_processors_without_arithmetic_for_it():
     subprocess.run([sys.executable, "-c", code], env=narrow, check=True)
 
 
-def test_rows_of_a_cache_begin_anew_at_different_steps():
-    """Episodes one after the other in two rows equal each by itself."""
-    policy = make_policy()
-    episodes = make_episodes(policy, [3, 4, 2, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rollout", [False, True])
+@pytest.mark.parametrize("at_once", [1, model.AT_ONCE])
+def test_rows_of_a_cache_begin_anew_at_different_steps(monkeypatch, layout, rollout, at_once):
+    """Two episodes one after the other in each of four rows equal each by itself, also where rows that don't follow each
+    other begin, and where they are begun one at a time."""
+    monkeypatch.setattr(model, "AT_ONCE", at_once)
+    policy = make_policy(layout)
+    lengths = [3, 3, 1, 5, 3, 3, 2, 4]
+    episodes = make_episodes(policy, lengths)
     _, alone = policy(episodes)
-    cache, got = policy.cache(2), {}
-    plan = [[(0, t) for t in range(3)] + [(2, t) for t in range(2)], [(1, t) for t in range(4)] + [(3, 0)]]
+    cache, got = policy.cache(4, rollout=rollout), {}
+    plan = [[(e, t) for e in (row, row + 1) for t in range(lengths[e])] for row in range(0, 8, 2)]
     for now in zip(*plan, strict=True):
         e, t = (torch.tensor(column) for column in zip(*now, strict=True))
         observation = {name: x[e] for name, x in episodes.fixed.items()}
@@ -219,6 +231,7 @@ def test_rows_of_a_cache_begin_anew_at_different_steps():
         got.update(zip(now, values.tolist(), strict=True))
     for (e, t), value in got.items():
         assert value == pytest.approx(alone[e, t].item(), abs=1e-5)
+    assert len(got) == sum(lengths)
 
 
 @settings(max_examples=15, deadline=None)

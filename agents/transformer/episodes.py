@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import platform
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmenvs.embeddings.base import Tokens
+
+if TYPE_CHECKING:
+    from .prepared import Prepared
 
 NEVER = -1e30  # added to the scores of keys that mustn't be seen: finite, so that softmax over none is too
 
@@ -61,69 +63,11 @@ class Episodes:
         )
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether weights in half precision can lie in the order of oneDNN: on x86 processors with arithmetic for it."""
-    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class PackedLinear(nn.Module):
-    """A linear layer without bias and without gradients, with its weights in the order of oneDNN.
-
-    Args:
-        weight: bfloat16 ``(out, in)``, on the CPU.
-        rows: about how many rows it will be called with.
-    """
-
-    def __init__(self, weight: Tensor, rows: int) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, "none", [], "")
-
-
-class Halved:
-    """Blocks whose linear layers hold half-precision weights, for many calls under autocast.
-
-    Autocast would cast the weights in each call, and the processor lay them out for its multiplication. The blocks are made
-    anew after the weights have changed, unless they were changed through ``.data``, which PyTorch doesn't count.
-
-    Args:
-        rows: about how many rows the blocks will be called with.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.version = rows, -1
-        self.blocks: list[nn.Module] = []
-
-    def of(self, blocks: nn.ModuleList) -> list[nn.Module]:
-        version = sum(weight._version for weight in blocks.parameters())
-        if version != self.version:
-            self.blocks, self.version = [self._block(block) for block in blocks], version
-        return self.blocks
-
-    def _block(self, block: nn.Module) -> nn.Module:
-        other = copy.copy(block)
-        parts = block.named_children()
-        other._modules = {n: self._linear(x) if isinstance(x, nn.Linear) else x for n, x in parts}
-        return other
-
-    def _linear(self, linear: nn.Linear) -> nn.Module:
-        weight = linear.weight.detach().bfloat16()
-        if can_pack(weight.device):
-            return PackedLinear(weight, self.rows)
-        other = copy.copy(linear)
-        other._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
-        return other
-
-
 class Cache:
     """Keys and values of running episodes, one a row; made by :meth:`TransformerPolicy.cache`.
 
     Attributes:
-        halved: the blocks that the steps go through, or None for the policy's own.
+        prepared: the blocks that the steps go through, or None for the policy's own.
         keys, values: ``(layers, rows, kv_heads, slots, size of a head)``. Slots are the prefix, then the steps.
         valid: ``(rows, slots)`` bool, False at padding and at what isn't written yet.
         position: ``(rows,)`` int64, the rotary position of the next token.
@@ -139,10 +83,10 @@ class Cache:
         position: Tensor,
         length: Tensor,
         fused: Tensor,
-        halved: Halved | None = None,
+        prepared: Prepared | None = None,
     ) -> None:
         self.keys, self.values, self.valid = keys, values, valid
-        self.position, self.length, self.fused, self.halved = position, length, fused, halved
+        self.position, self.length, self.fused, self.prepared = position, length, fused, prepared
 
     @property
     def rows(self) -> int:
@@ -152,7 +96,7 @@ class Cache:
         """A copy of ``rows``, ``(b,)`` int64, each as often as it is named: a group of answers to one prompt."""
         at = rows.to(self.keys.device)
         copied = self.keys[:, at], self.values[:, at], self.valid[at], self.position[at]
-        return Cache(*copied, self.length[rows.cpu()], self.fused[at], self.halved)
+        return Cache(*copied, self.length[rows.cpu()], self.fused[at], self.prepared)
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` a row; doubling keeps it rare."""
@@ -164,19 +108,59 @@ class Cache:
             self.valid = F.pad(self.valid, (0, more))
 
 
-class Memory:
-    """Where a block of :meth:`TransformerPolicy.step` leaves its keys and values and which ones it attends to."""
+def as_slice(rows: Tensor) -> Tensor | slice:
+    """Ascending ``rows``, ``(b,)`` int64 on the CPU, as a slice if they follow each other: it takes a view, not a copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first < len(rows) else rows
 
-    def __init__(self, cache: Cache, rows: Tensor, slots: Tensor, used: int | None) -> None:
+
+class Memory:
+    """Where a block of :meth:`TransformerPolicy.step` leaves its keys and values and which ones it attends to.
+
+    Args:
+        cache: of all rows.
+        rows: the b that take a step, ``(b,)`` int64 or a slice.
+        slots: where what is new in them is kept, ``(b, Q)`` int64, or a slice if that is the same in all.
+        used: how many slots the rows have used. None if nothing is kept that is not given.
+    """
+
+    def __init__(self, cache: Cache, rows: Tensor | slice, slots: Tensor | slice, used: int | None) -> None:
         self.cache, self.rows, self.slots, self.used = cache, rows, slots, used
-        self.every = len(rows) == cache.rows
+        self.views: list[tuple[Tensor, Tensor]] = []
+        if isinstance(rows, slice):
+            # Taken once for all layers, as views are many and small.
+            mine = [store[:, rows] for store in (cache.keys, cache.values)]  # (layers, b, kv_heads, slots, d)
+            self.views = [(store[:, :, :, slots], store[:, :, :, :used]) for store in mine]
+
+    def part(self, part: slice) -> Memory:
+        """For some of the b rows."""
+        rows = self.rows
+        if isinstance(rows, slice):
+            some = range(rows.start, rows.stop)[part]
+            rows = slice(some.start, some.stop)
+        else:
+            rows = rows[part]
+        slots = self.slots if isinstance(self.slots, slice) else self.slots[part]
+        return Memory(self.cache, rows, slots, self.used)
+
+    def keep(self, valid: Tensor) -> None:
+        """Which of the new ``(b, Q)`` are no padding."""
+        at = self.rows if isinstance(self.slots, slice) else cast(Tensor, self.rows)[:, None]
+        self.cache.valid[at, self.slots] = valid
 
     def __call__(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep ``(b, kv_heads, Q, d)``; all of the row so far, or without ``used`` what was given."""
+        if self.views:
+            (new_k, all_k), (new_v, all_v) = self.views
+            new_k[layer].copy_(k)
+            new_v[layer].copy_(v)
+            return (k, v) if self.used is None else (all_k[layer], all_v[layer])
         kept = []
+        at = cast(Tensor, self.rows)
         for store, x in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-            store[self.rows[:, None], :, self.slots] = x.transpose(1, 2)
-            if self.used is not None:
-                x = store[:, :, : self.used] if self.every else store[self.rows, :, : self.used]
-            kept.append(x)
+            if isinstance(self.slots, slice):
+                store[at, :, self.slots] = x
+            else:
+                store[at[:, None], :, self.slots] = x.transpose(1, 2)
+            kept.append(x if self.used is None else store[at, :, : self.used])
         return kept[0], kept[1]

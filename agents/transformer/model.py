@@ -46,7 +46,10 @@ from mmenvs.embeddings.pretrained import Pretrained
 from .actions import action_head
 from .block import Block
 from .config import ATTENTION, FUSION, Backbone, ModelConfig
-from .episodes import NEVER, Cache, Episodes, Halved, Memory
+from .episodes import NEVER, Cache, Episodes, Memory, as_slice
+from .prepared import prepare
+
+AT_ONCE = 2**17  # numbers in the tokens of a step that go through the layers together on a CPU
 
 
 class NoFusion(Fusion):
@@ -221,8 +224,8 @@ class TransformerPolicy(nn.Module):
     def cache(self, rows: int, steps: int = 1, rollout: bool = False) -> Cache:
         """An empty cache for ``rows`` episodes, with room for ``steps`` steps; it grows by itself beyond them.
 
-        ``rollout`` casts the blocks' weights to half precision, and lays them out for the processor, once for all steps,
-        where ``precision`` asks for it.
+        ``rollout`` casts the blocks' weights to half precision, where ``precision`` asks for it, and lays them out for the
+        processor, once for all steps.
         """
         config = self.config
         slots = self.prefix_tokens + steps * self.step_tokens
@@ -236,8 +239,9 @@ class TransformerPolicy(nn.Module):
         length = torch.zeros(rows, dtype=torch.int64)
         fused = torch.zeros((rows, self.width), device=self.device)
         values = torch.zeros_like(keys)
-        cast = rollout and self.precision == "bfloat16" and self.backbone is None
-        return Cache(keys, values, valid, position, length, fused, Halved(rows) if cast else None)
+        ours = rollout and self.backbone is None
+        prepared = prepare(self.blocks, self.device, self.precision) if ours else None
+        return Cache(keys, values, valid, position, length, fused, prepared)
 
     @torch.no_grad()
     def step(
@@ -262,44 +266,63 @@ class TransformerPolicy(nn.Module):
         """
         hidden = torch.empty((cache.rows, self.width), device=self.device)
         for begins in (True, False):
-            rows = (starts == begins).nonzero().squeeze(1)
-            if len(rows):
-                at = rows.to(self.device)
+            some = (starts == begins).nonzero().squeeze(1)
+            if len(some):
+                rows = as_slice(some)
+                at = rows if isinstance(rows, slice) else rows.to(self.device)
                 names = (*self.fixed, *self.changing) if begins else self.changing
                 part = {name: observation[name][at] for name in names}
-                hidden[at] = self._advance(cache, part, previous[at], rows, begins)
+                hidden[at] = self._advance(cache, part, previous[at], rows, at, begins)
         return self.actor(hidden, masks), self._value(hidden)
 
     def _advance(
-        self, cache: Cache, observation: Tokens, previous: Tensor, rows: Tensor, begins: bool
+        self,
+        cache: Cache,
+        observation: Tokens,
+        previous: Tensor,
+        rows: Tensor | slice,
+        at: Tensor | slice,
+        begins: bool,
     ) -> Tensor:
-        """The hidden states ``(b, width)`` of the next step in ``rows`` of the cache."""
-        at, device = rows.to(self.device), self.device
-        first = torch.full((len(rows), 1), begins, device=device)
+        """The hidden states ``(b, width)`` of the next step in ``rows`` of the cache; ``at`` is the same on the device."""
+        count, device = len(previous), self.device
+        first = torch.full((count, 1), begins, device=device)
         changing = {name: observation[name].unsqueeze(1) for name in self.changing}
         previous = torch.zeros_like(previous) if begins else previous
         x, valid, fused = self._steps(changing, previous.unsqueeze(1), first, torch.ones_like(first))
         here = torch.arange(self.step_tokens, device=device)
         if begins:
             cache.length[rows], cache.position[at], cache.valid[at] = 0, 0, False
-            prefix, prefix_valid, cache.fused[at] = self._prefix(observation, len(rows))
+            prefix, prefix_valid, cache.fused[at] = self._prefix(observation, count)
             x, valid = torch.cat([prefix, x], 1), torch.cat([prefix_valid, valid], 1)
-            here = torch.cat([torch.arange(prefix.shape[1], device=device), self.prefix_tokens + here])
-            slots = here.expand(len(rows), -1)
-            keys, keys_valid, used = slots, valid, None
+            slots = torch.cat([torch.arange(prefix.shape[1], device=device), self.prefix_tokens + here])[None]
+            together, used = prefix.shape[1] == self.prefix_tokens, x.shape[1]
         else:
-            slots = (self.prefix_tokens + cache.length[rows] * self.step_tokens).to(device)[:, None] + here
-            used = self.prefix_tokens + (int(cache.length[rows].max()) + 1) * self.step_tokens
+            length = cache.length[rows]
+            together = bool((length == length[0]).all())
+            length = length[:1] if together else length
+            slots = (self.prefix_tokens + length * self.step_tokens).to(device)[:, None] + here  # (1 or b, Q)
+            used = self.prefix_tokens + (int(length.max()) + 1) * self.step_tokens
             cache.reserve(used)
-        cache.valid[at[:, None], slots] = valid
-        if used is not None:
+        if together:
+            # Rows that are as far as each other, as most are, keep what is new in one place, which is faster.
+            memory = Memory(cache, at, slice(used - x.shape[1], used), None if begins else used)
+        else:
+            every = torch.arange(cache.rows, device=device)
+            memory = Memory(cache, every[at], slots.expand(count, -1), None if begins else used)
+        memory.keep(valid)
+        keys, keys_valid = slots, valid
+        if not begins:
             keys, keys_valid = torch.arange(used, device=device)[None], cache.valid[at, :used]
         # A prefix sees all of itself, a step what is before it and itself.
-        seen = keys[:, None] <= slots[:, :, None].clamp(min=self.prefix_tokens - 1)  # (b, Q, K)
+        seen = keys[:, None] <= slots[:, :, None].clamp(min=self.prefix_tokens - 1)  # (1 or b, Q, K)
         positions = cache.position[at][:, None] + (valid.cumsum(1) - 1).clamp(min=0)
         read = slice(x.shape[1] - 1, None)
-        memory = Memory(cache, at, slots, used)
-        hidden = self._trunk(x, positions, keys_valid[:, None] & seen, read, memory)
+        allowed = keys_valid[:, None] & seen
+        # What an operation gives to the next one stays in the caches of a CPU if it isn't too much.
+        each = max(1, AT_ONCE // (x.shape[1] * self.width)) if device.type == "cpu" else count
+        parts = [slice(i, min(i + each, count)) for i in range(0, count, each)]
+        hidden = torch.cat([self._trunk(x[p], positions[p], allowed[p], read, memory.part(p)) for p in parts])
         cache.position[at] += valid.sum(1)
         cache.length[rows] += 1
         return (hidden + fused).squeeze(1) + cache.fused[at]
@@ -311,18 +334,20 @@ class TransformerPolicy(nn.Module):
         to ``read``. ``allowed`` ``(B, Q, K)`` bool tells which keys each token may see."""
         bias = torch.zeros(allowed.shape, device=x.device).masked_fill_(~allowed, NEVER).unsqueeze(1)
         angles = self._angles(positions)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        prepared = None if memory is None or self._record is not None else memory.cache.prepared
+        # Packed blocks do their own casts.
+        casts = self.precision == "bfloat16" and (prepared is None or not prepared.packed)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=casts):
             if self.backbone is not None:
                 return self.backbone(x, positions, bias, read, memory).float()
-            halved = None if memory is None else memory.cache.halved
-            blocks = self.blocks if halved is None else halved.of(self.blocks)
-            record = None
+            blocks: Iterable[Any] = self.blocks if prepared is None else prepared.now()
+            more = {}
             if self._record is not None:
-                record = self._record["attention"] = []
+                more["record"] = self._record["attention"] = []
             for layer, block in enumerate(blocks):
-                last = layer == len(blocks) - 1
+                last = layer == len(self.blocks) - 1
                 asked = read if last else slice(None)
-                x = block(x, angles, bias[:, :, asked], asked, layer, memory, record)
+                x = block(x, angles, bias[:, :, asked], asked, layer, memory, **more)
             return self.norm(x.float())
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
