@@ -82,10 +82,11 @@ def test_what_an_agent_answers_does_not_depend_on_the_precision_it_learns_in():
         for precision in ("float32", "bfloat16")
     ]
     envs = gym.make_vec(CAPTIONING, num_envs=64, **SMALL)
-    played, said = [], []
+    played, said, likeliest = [], [], []
     for agent in agents:
         torch.nn.init.normal_(agent.policy.actor.out.weight, generator=torch.Generator().manual_seed(0))
         played.append(collect(agent.policy, envs, 0, 1, torch.Generator().manual_seed(0)))
+        likeliest.append(collect(agent.policy, envs, 0, 1, None))
         observation, state, words = envs.reset(seed=0)[0], None, []
         for step in range(6):
             # Drawn as well as the most likely ones.
@@ -95,6 +96,9 @@ def test_what_an_agent_answers_does_not_depend_on_the_precision_it_learns_in():
         said.append(np.stack(words))
     assert not torch.equal(played[0].log_probs[:, 0], played[1].log_probs[:, 0])
     np.testing.assert_array_equal(*said)
+    # SCST's baseline and the alarm's held-out score.
+    for name in ("log_probs", "values", "rewards"):
+        assert torch.equal(*(getattr(rollout, name) for rollout in likeliest)), name
     assert agents[1].policy.precision == agents[1].policy.extractor.precision == "bfloat16"
     other = agents[1].policy.in_float32()
     assert other.precision == other.extractor.precision == "float32"

@@ -66,7 +66,8 @@ class TransformerAgent:
             its own device and plays its share of the rows; a vector environment is the share of its process.
         seed: of weights, actions and episodes.
         env_kwargs: arguments of the environment, such as ``{"difficulty": 1}``; with an id only.
-        precision: of rollouts and updates, ``"float32"`` or ``"bfloat16"``; None is what is fast here.
+        precision: of rollouts and updates, ``"float32"`` or ``"bfloat16"``; None is what is fast here. The most likely
+            actions are found in float32 always.
         recipe: settings of the method; None is its defaults.
         restraints: what holds down the unwanted; None is nothing.
         init: folder of an agent whose policy this one begins with, and is pulled back to if ``restraints`` say so.

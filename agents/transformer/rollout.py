@@ -80,7 +80,8 @@ def collect(
         envs: resets rows in the same step (``SAME_STEP``).
         seed: row i begins with ``seed + i``, or with ``seed[i]``.
         steps: at least so many in each row.
-        generator: on the CPU; draws the actions. None takes the most likely ones.
+        generator: on the CPU; draws the actions. None takes the most likely ones, in float32 as
+            :meth:`TransformerAgent.predict` does: which of two words leads is a matter of small differences.
         on_step: called after each step with the number of rows it counted in.
         group: how many rows, one after the other, begin with the same seed: the first step is worked out once for
             all of them. ``steps`` must be 1, which is one episode a row.
@@ -91,6 +92,8 @@ def collect(
         ValueError: if an episode doesn't end, or an action mask allows nothing.
         TypeError: if the environment has no oracle, or its actions can't be demonstrated.
     """
+    if generator is None:
+        policy = policy.in_float32()
     n, device = envs.num_envs, policy.device
     names = (*policy.fixed, *policy.changing)
     observation, infos = envs.reset(seed=seed)  # type: ignore[arg-type]
