@@ -167,7 +167,7 @@ def evaluate(
     finally:
         envs.close()
     interval = bootstrap([[returns]], resamples=_RESAMPLES, seed=seed)
-    names: tuple[str, ...] = getattr(envs.task, "types", ())
+    names = envs.task.types
     return Result(
         id=id,
         split=split,

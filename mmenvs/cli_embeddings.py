@@ -29,7 +29,7 @@ from mmenvs.cli_app import (
     user_errors,
 )
 from mmenvs.files import check_out
-from mmenvs.registry import SPECS, task_class
+from mmenvs.registry import find_spec, task_class
 
 Number = TypeVar("Number", int, float)
 
@@ -152,7 +152,7 @@ def embed(
         kwargs |= _settings(arguments or [], kwargs)
         if source is not None:
             kwargs["source"] = open_source(source, id)
-        task = load_and_check(cls, 256, "ids", {**SPECS[id].kwargs, **kwargs})
+        task = load_and_check(cls, 256, "ids", {**find_spec(id).kwargs, **kwargs})
         chosen: Any = embedding
         if embedding not in NAMES and not embedding.startswith(PREFIX):
             if not embedding or not Path(embedding).is_dir():

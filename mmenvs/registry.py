@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import parse_env_id
 
+from mmenvs.checks import number_in
+
 if TYPE_CHECKING:
     from mmenvs.tasks.base import Task
+
+_HIGHEST = 1e9  # of scores
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ def register(
     min_score: float = 0.0,
     max_score: float = 1.0,
 ) -> None:
-    """Make a task known to Gymnasium and to every tool of this package.
+    """Make a task known to Gymnasium and to every tool of this package. What is registered again, as when a notebook's cell
+    is run again, takes the place of the class of that module and name.
 
     Args:
         id: Gymnasium id with a version, such as ``"MMRL/VQA-v0"``.
@@ -54,13 +60,13 @@ def register(
         tags, kwargs, min_score, max_score: see :class:`Spec`.
 
     Raises:
-        ValueError, TypeError, gymnasium.error.Error: if the id is taken, has no version or isn't of Gymnasium's form, or
-            the class isn't a whole task.
+        ValueError, TypeError, gymnasium.error.Error: if the id is taken by another task, has no version or isn't of
+            Gymnasium's form, or the class isn't a whole task.
     """
-    if id in SPECS:
-        raise ValueError(f"id {id!r} is taken by {SPECS[id].task}; raise its version or choose another name")
     if not isinstance(id, str):
         raise TypeError(f"id must be a text such as 'Mine/Task-v0', got {id!r}")
+    if ":" in id:
+        raise ValueError(f"id must have no ':', which divides a module from it in gym.make, got {id!r}")
     if isinstance(tags, str):
         raise TypeError(f"tags must be a tuple of texts, got {tags!r}")
     if parse_env_id(id)[2] is None:
@@ -80,7 +86,21 @@ def register(
             raise TypeError(
                 f"task must be a class at the top of a module, where it can be found again, got {task!r}"
             )
+    if not (
+        kwargs is None or (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs))
+    ):
+        raise TypeError(f"kwargs must be a dict from names to values, got {kwargs!r}")
+    min_score = number_in("min_score", min_score, -_HIGHEST, _HIGHEST)
+    max_score = number_in("max_score", max_score, -_HIGHEST, _HIGHEST)
+    if min_score >= max_score:
+        raise ValueError(f"min_score must be less than max_score, got {min_score} and {max_score}")
     path = task if isinstance(task, str) else f"{task.__module__}:{task.__qualname__}"
+    if id in SPECS:
+        if SPECS[id].task != path:
+            raise ValueError(
+                f"id {id!r} is taken by {SPECS[id].task}; raise its version or choose another name"
+            )
+        gym.registry.pop(id, None)  # Gymnasium would warn
     SPECS[id] = Spec(id, path, tuple(tags), dict(kwargs or {}), min_score, max_score)
     gym.register(
         id,
@@ -90,24 +110,42 @@ def register(
     )
 
 
-def task_class(id: str) -> type[Task]:
-    """The task class behind an id.
+def find_spec(id: str) -> Spec:
+    """The environment with an id of this suite, or ``"module:id"``, as in ``gym.make``, whose module is imported before.
 
     Raises:
-        gymnasium.error.NameNotFound: if no environment of this suite has the id; names the nearest one and all.
+        gymnasium.error.NameNotFound: if no environment has the id; names the nearest one and all.
+        ModuleNotFoundError: if there is no such module.
     """
     if not isinstance(id, str):
         raise TypeError(f"id must be the id of an environment, such as 'MMRL/VQA-v0', got {id!r}")
-    if id not in SPECS:
+    module, _, name = id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:  # it is one that the module itself imports
+                raise
+            raise ModuleNotFoundError(
+                f"id must name a module that can be imported before its ':', got {id!r}; "
+                "'python -m mmenvs' finds those in the working directory",
+                name=module,
+            ) from None
+    if name not in SPECS:
         # Without the parts that all have, in which anything would be like one of them.
         names = {known.split("/")[-1].split("-v")[0].lower(): known for known in SPECS}
-        asked = id.split("/")[-1].split("-v")[0].lower()
+        asked = name.split("/")[-1].split("-v")[0].lower()
         near = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
         raise gym.error.NameNotFound(
             f"id {id!r} is not in the suite; {f'did you mean {names[near[0]]}? ' if near else ''}"
             f"there are {', '.join(SPECS)}"
         )
-    return load_task(SPECS[id].task)
+    return SPECS[name]
+
+
+def task_class(id: str) -> type[Task]:
+    """The task class behind an id; arguments and errors as of :func:`find_spec`."""
+    return load_task(find_spec(id).task)
 
 
 def load_task(path: str) -> type[Task]:

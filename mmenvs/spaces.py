@@ -65,7 +65,7 @@ def modality_of(space: spaces.Space) -> Modality:
     """Read the modality of one observation off its dtype, bounds and shape.
 
     uint8 ``(H, W, 3)`` (or the ``(3, H, W)`` that Stable-Baselines3 makes of it) is an image, uint8 with
-    four axes is a set of images, an integer vector is text, a float vector bounded by [-1, 1] or two such
+    four axes is a set of images, an integer vector from 0 on is text, a float vector bounded by [-1, 1] or two such
     channels is audio, any other float vector is a plain vector. A float matrix of other bounds is tokens,
     ``(T, D)``; one of [-1, 1] that is too short for sound must be named.
 
@@ -80,7 +80,8 @@ def modality_of(space: spaces.Space) -> Modality:
         return "image"
     if dtype == np.uint8 and len(shape) == 4 and 3 in (shape[1], shape[-1]):
         return "images"
-    if dtype is not None and np.issubdtype(dtype, np.integer) and dtype != np.uint8 and len(shape) == 1:
+    words = dtype is not None and np.issubdtype(dtype, np.integer) and dtype != np.uint8
+    if words and len(shape) == 1 and space.low.min() >= 0:
         return "text"
     if dtype is not None and np.issubdtype(dtype, np.floating) and len(shape) in (1, 2):
         like_sound = bool(np.all(space.low == -1) and np.all(space.high == 1))
@@ -91,7 +92,7 @@ def modality_of(space: spaces.Space) -> Modality:
         if not like_sound:
             return "tokens"
     raise ValueError(
-        f"no modality fits a Box of shape {shape} and dtype {dtype}: expected uint8 (H, W, 3) for an image, "
-        "uint8 (K, H, W, 3) for images, int64 (L,) for text, float32 (T,) or (C, T) in [-1, 1] for audio, "
+        f"no modality fits a Box of shape {shape}, dtype {dtype} and bounds from {space.low.min()} to {space.high.max()}: expected uint8 (H, W, 3) for an image, "
+        "uint8 (K, H, W, 3) for images, int64 (L,) from 0 on for text, float32 (T,) or (C, T) in [-1, 1] for audio, "
         "float (D,) for a vector, float32 (T, D) of other bounds for tokens"
     )

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -316,7 +317,7 @@ def test_unknown_reset_options_are_named(id):
 
 def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
     with pytest.raises(ValueError, match="is taken"):
-        mmenvs.register("MMRL/VQA-v0", task_class("MMRL/VQA-v0"))
+        mmenvs.register("MMRL/VQA-v0", task_class("MMRL/Captioning-v0"))
     with pytest.raises(TypeError, match=r"must be a subclass of mmenvs.tasks.base.Task, got <class 'int'>"):
         mmenvs.register("Mine/Nothing-v0", int)
     half = type("Half", (Task,), {"sample": print, "observe": print, "step": print, "info": print})
@@ -332,6 +333,17 @@ def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
         mmenvs.register("Mine/Nothing-v0", "mine.Task")
     with pytest.raises(TypeError, match="tags must be a tuple of texts, got 'abc'"):
         mmenvs.register("Mine/Nothing-v0", task_class("MMRL/VQA-v0"), tags="abc")
+    with pytest.raises(ValueError, match=r"id must have no ':', .*got 'mine:Nothing-v0'"):
+        mmenvs.register("mine:Nothing-v0", task_class("MMRL/VQA-v0"))
+    for wrong, error, told in (
+        ({"kwargs": ["difficulty"]}, TypeError, r"kwargs must be a dict .*got \['difficulty'\]"),
+        ({"kwargs": {1: 2}}, TypeError, "kwargs must be a dict"),
+        ({"min_score": "0"}, TypeError, "min_score must be a number"),
+        ({"max_score": np.inf}, ValueError, "max_score must be"),
+        ({"min_score": 2}, ValueError, "min_score must be less than max_score, got 2.0 and 1.0"),
+    ):
+        with pytest.raises(error, match=told):
+            mmenvs.register("Mine/Nothing-v0", task_class("MMRL/VQA-v0"), **wrong)
     assert not {"Mine/Nothing-v0", "Mine/Nothing"} & mmenvs.SPECS.keys()
 
 
@@ -366,6 +378,50 @@ class Coin(Task):
     describe = render = None
 
 
+def test_a_task_that_is_registered_again_takes_the_place_of_its_former_self(recwarn):
+    try:
+        mmenvs.register("Mine/Coin-v0", Coin, tags=("old",))
+        mmenvs.register("Mine/Coin-v0", Coin, tags=("new",))
+        assert mmenvs.SPECS["Mine/Coin-v0"].tags == ("new",)
+        assert gym.make("Mine/Coin-v0").reset(seed=0)[0]["seen"] == 0.5
+        with pytest.raises(ValueError, match=r"'Mine/Coin-v0' is taken by .*:Coin"):
+            mmenvs.register("Mine/Coin-v0", task_class("MMRL/VQA-v0"))
+    finally:
+        mmenvs.SPECS.pop("Mine/Coin-v0"), gym.registry.pop("Mine/Coin-v0")
+    assert not [warning for warning in recwarn if "Overriding" in str(warning.message)]
+
+
+def test_a_module_before_an_id_is_imported(tmp_path, monkeypatch):
+    source = (Path(__file__).parents[1] / "examples/custom_task.py").read_text().partition("envs = ")[0]
+    (tmp_path / "my_tasks.py").write_text(source.replace("MMRL/ColourName", "Mine/ColourName"))
+    (tmp_path / "my_broken.py").write_text("import nowhere_to_be_found")
+    with pytest.raises(
+        ModuleNotFoundError, match=r"id must name a module .*got 'my_tasks:Mine/ColourName-v0'"
+    ):
+        task_class("my_tasks:Mine/ColourName-v0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+        task_class("my_broken:Mine/ColourName-v0")
+    try:
+        assert task_class("my_tasks:Mine/ColourName-v0").__module__ == "my_tasks"
+        with pytest.raises(gym.error.NameNotFound, match="did you mean Mine/ColourName-v0"):
+            task_class("my_tasks:Mine/ColourNames-v0")
+    finally:
+        mmenvs.SPECS.pop("Mine/ColourName-v0", None), gym.registry.pop("Mine/ColourName-v0", None)
+        sys.modules.pop("my_tasks", None)
+    # Where nothing was imported before; the agent's folder knows where its task is.
+    options = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    run = [sys.executable, "-m", "mmenvs"]
+    grid = ["--embeddings", "cnn+concat", "--seeds", "1", "--episodes", "16", "--device", "cpu"]
+    own = "my_tasks:Mine/ColourName-v0"
+    subprocess.run([*run, "train", own, "--steps", "256", "--device", "cpu", "--out", "agent"], **options)
+    told = subprocess.run([*run, "evaluate", "agent", "--episodes", "16"], **options).stdout
+    assert own in told and "oracle" in told
+    subprocess.run([*run, "compare", "--envs", own, *grid, "--steps", "256", "--out", "compared"], **options)
+    report = (tmp_path / "compared/report.md").read_text()
+    assert "skipped: its episodes show no scenes" in report and "return lost without image" in report
+
+
 SPACES = gym.spaces
 DECLARED_WRONG = [
     (
@@ -394,6 +450,8 @@ DECLARED_WRONG = [
     ({"info_types": {"is_success": [int]}}, TypeError, "info_types must be a dict from names to bool, int"),
     ({"info_types": {"final_obs": int}}, ValueError, "none of episode, final_obs.*got 'final_obs'"),
     ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
+    ({"info_types": {"question_type": int}}, TypeError, r"types must hold the names .* got \(\)"),
+    ({"info_types": {"question_type": bool}, "types": ("a",)}, TypeError, "types must hold the names"),
     ({"streams": [0]}, ValueError, r"must call super.*makes streams a uint64 \(\d,\), got \[0\]"),
     (
         {"streams": np.zeros(7, np.uint64)},
@@ -409,6 +467,14 @@ def both(rewards, ends):
 
 def ones(rows):
     return np.ones(rows.size, bool)
+
+
+def seen_as(value):
+    def observe(rows, out):
+        for part in out.values():
+            part[rows] = value
+
+    return observe
 
 
 GIVEN_WRONG = [
@@ -448,18 +514,41 @@ GIVEN_WRONG = [
         r"as is_success, got bool \(\d, 1",
     ),
     (
-        {"observe": lambda rows, out: out["seen"].fill(7)},
+        {
+            "info_types": {"question_type": int},
+            "types": ("a", "b"),
+            "info": lambda rows: {"question_type": np.full(rows.size, 2)},
+        },
+        ValueError,
+        "info must give question_type from 0 to 1, got 2",
+    ),
+    (
+        {"observe": seen_as(7)},
         ValueError,
         r"numbers of observation_space\['seen'\].*got 7",
     ),
-    ({"observe": lambda rows, out: out["seen"].fill(np.nan)}, ValueError, "got nan"),
+    (
+        {"observe": seen_as(np.nan)},
+        ValueError,
+        "got nan",
+    ),
     (
         {
             "observation_space": SPACES.Dict({"seen": SPACES.Box(0, 1, (1,), np.uint8)}),
-            "observe": lambda rows, out: out["seen"].fill(255),
+            "observe": seen_as(255),
         },
         ValueError,
         r"observation_space\['seen'\].*got 255",
+    ),
+    (
+        {"observe": lambda rows, out: None},
+        ValueError,
+        r"observe must write all of out\['seen'\]\[rows\]",
+    ),
+    (
+        {"observe": lambda rows, out: out["seen"].__setitem__(rows, 0.5)},
+        ValueError,
+        "observe must write what out asks for, as in if 'seen' in out",
     ),
     (
         {"observe": lambda rows, out: out.update(seen=np.zeros(1))},

@@ -513,6 +513,14 @@ def test_tokens_are_told_from_sound_and_vectors(space, modality):
     assert modalities.modality_of(space) == modality
 
 
+def test_integers_below_zero_are_no_words():
+    assert modalities.modality_of(spaces.Box(0, 9, (4,), np.int64)) == "text"
+    with pytest.raises(
+        ValueError, match=r"shape \(4,\), dtype int64 and bounds from -1 to 9: .* from 0 on for text"
+    ):
+        modalities.modality_of(spaces.Box(-1, 9, (4,), np.int64))
+
+
 def test_short_matrices_like_sound_must_be_named():
     space = spaces.Box(-1, 1, (4, 64), np.float32)
     with pytest.raises(ValueError, match="tokens"):

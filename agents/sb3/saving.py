@@ -105,7 +105,9 @@ def load(
     except KeyError as error:
         raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+        raise ValueError(
+            f"{problem}settings.json is damaged: it holds no settings of an agent: {error}"
+        ) from error
     if kind == "transformer":
         raise ValueError(f"{problem}it is a transformer agent, which TransformerAgent.load reads")
     if found != FORMAT:
@@ -129,7 +131,9 @@ def load(
     except KeyError as error:
         raise ValueError(f"{problem}settings.json is damaged: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{problem}settings.json is damaged: it holds no settings of an agent") from error
+        raise ValueError(
+            f"{problem}settings.json is damaged: it holds no settings of an agent: {error}"
+        ) from error
     check_handed(handed, env_kwargs)
     try:
         agent = make_agent(**settings, device=device, **recipe, **arguments)

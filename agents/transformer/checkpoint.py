@@ -71,7 +71,9 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, int]
         document = json.loads(file.read_text())
         kind, found = document.get("agent"), document["format"]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{problem}{SETTINGS} is damaged: it holds no settings of an agent") from error
+        raise ValueError(
+            f"{problem}{SETTINGS} is damaged: it holds no settings of an agent: {error!r}"
+        ) from error
     if kind != KIND:
         raise ValueError(f"{problem}it is no transformer agent; mmenvs_agents.sb3.load reads others")
     if found != FORMAT:

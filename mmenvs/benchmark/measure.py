@@ -33,9 +33,9 @@ from mmenvs.embeddings.embedding import load_embedding
 from mmenvs.embeddings.extractor import extractor_in
 from mmenvs.embeddings.joint import JointEmbedding, ShapesEncoder, weights_hash
 from mmenvs.embeddings.pretrained import PretrainedEncoder
-from mmenvs.embeddings.probes import modality_use, probe_report
+from mmenvs.embeddings.probes import has_scenes, modality_use, probe_report
 from mmenvs.perturbations import PERTURBATIONS, VectorPerturbObservation
-from mmenvs.registry import SPECS
+from mmenvs.registry import find_spec
 from mmenvs.spaces import modality_of
 
 CURVE_POINTS = 20
@@ -174,7 +174,7 @@ def measure(run: Mapping[str, Any], plan: Mapping[str, Any], device: str, tell: 
     if wall >= _SAY_EVERY:
         tell(f"trained in {wall:.0f} s, now it is scored and probed")
     return {
-        "bounds": [SPECS[id].min_score, SPECS[id].max_score],
+        "bounds": _bounds(id),
         "train": {"steps": agent.num_timesteps, "seconds": wall, "cpu_seconds": used},
         "curve": recorder.curve,
         "scores": {split: _score(agent, run, split, episodes) for split in ("test", "compositional")},
@@ -194,7 +194,12 @@ def measure_baseline(run: Mapping[str, Any]) -> Row:
     scores = {
         split: _score(run["baseline"], run, split, run["episodes"]) for split in ("test", "compositional")
     }
-    return {"bounds": [SPECS[run["id"]].min_score, SPECS[run["id"]].max_score], "scores": scores}
+    return {"bounds": _bounds(run["id"]), "scores": scores}
+
+
+def _bounds(id: str) -> list[float]:
+    spec = find_spec(id)
+    return [spec.min_score, spec.max_score]
 
 
 def baseline_runs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -306,13 +311,17 @@ def _cost(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
     """Probes of the encoders as they are after training, on the val split, and what the agent uses of each."""
-    extractor = _extractor(agent)
-    embedding = load_embedding(extractor, space_of(run["id"], run["env_kwargs"])).to(agent.device)
-    kwargs = dict(run["env_kwargs"])
-    n = min(max(run["episodes"], 16), 2048)
-    probes = probe_report(
-        embedding, run["id"], difficulty=kwargs.pop("difficulty", 0), n=n, pool=min(n, 256), env_kwargs=kwargs
-    )
+    envs: Any = gym.make_vec(run["id"], num_envs=1, **run["env_kwargs"])
+    envs.close()
+    probes: dict[str, Any] = {"probes": {"skipped": "its episodes show no scenes of the procedural world"}}
+    if has_scenes(envs.task):
+        embedding = load_embedding(_extractor(agent), envs.single_observation_space).to(agent.device)
+        kwargs = dict(run["env_kwargs"])
+        difficulty, n = kwargs.pop("difficulty", 0), min(max(run["episodes"], 16), 2048)
+        report = probe_report(
+            embedding, run["id"], difficulty=difficulty, n=n, pool=min(n, 256), env_kwargs=kwargs
+        )
+        probes = {"modalities": report["modalities"], "pairs": report["pairs"]}
 
     def predict(observation: Mapping[str, Any], missing: tuple[str, ...] = ()) -> Any:
         return without(agent, missing, observation, deterministic=True)
@@ -323,7 +332,7 @@ def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
         env_kwargs={**run["env_kwargs"], "split": "val"},
         episodes=max(run["episodes"] // 4, 128),
     )
-    return {"modalities": probes["modalities"], "pairs": probes["pairs"], "use": used}
+    return {**probes, "use": used}
 
 
 def _extractor(agent: Any) -> Extractor:

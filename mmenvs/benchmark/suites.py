@@ -96,4 +96,5 @@ def suite_named(name: str) -> Suite:
 
 def tags_of(id: str) -> tuple[str, ...]:
     """Tags of an environment; none of one that isn't registered here."""
-    return SPECS[id].tags if id in SPECS else ()
+    spec = SPECS.get(id.rpartition(":")[2])
+    return () if spec is None else spec.tags

@@ -73,6 +73,11 @@ class _Data(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def has_scenes(task: Any) -> bool:
+    """Whether a task shows scenes of the procedural world, which is what probes know the contents of."""
+    return isinstance(getattr(task, "scenes", None), Scenes)
+
+
 def symbols_of(task: Any, rows: npt.ArrayLike) -> dict[str, Array]:
     """What is in the scenes of some rows of a task of the world, or of :class:`PairedScenes`.
 
@@ -90,7 +95,7 @@ def symbols_of(task: Any, rows: npt.ArrayLike) -> dict[str, Array]:
     Raises:
         ValueError: the task has no scenes, as with a data set for its source.
     """
-    if not isinstance(getattr(task, "scenes", None), Scenes):
+    if not has_scenes(task):
         raise ValueError(f"task must show scenes of the procedural world, {type(task).__name__} has none")
     rows = np.asarray(rows, np.int64)
     if hasattr(task, "target"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmenvs.checks import integer_in
 from mmenvs.env import load_and_check, seed_word
-from mmenvs.registry import SPECS, task_class
+from mmenvs.registry import find_spec
 from mmenvs.spaces import modality_of
 from mmenvs.tasks.base import Task
 from mmenvs.text import END, SPECIAL, UNKNOWN, Vocabulary, tokenize
@@ -139,8 +139,7 @@ class TextEpisodes:
         prompt: str | None = None,
         lowest: float | None = None,
     ) -> None:
-        task_class(id)
-        self.id, self.spec = id, SPECS[id]
+        self.id, self.spec = id, find_spec(id)
         self.env_kwargs = {**self.spec.kwargs, **(env_kwargs or {})}
         task = self._task(1)
         kinds = {key: modality_of(space) for key, space in task.observation_space.items()}

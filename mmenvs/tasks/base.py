@@ -58,6 +58,8 @@ class Task(ABC):
     vocabulary: Vocabulary
     # Every key of the infos, in every step, and its Python type: bool, int or float.
     info_types: dict[str, type]
+    # Names of the types of questions, for tasks with "question_type" in the infos, an index into them: scores are told apart by it.
+    types: tuple[str, ...] = ()
     pool: Rows | None = None
     item: Rows
 
@@ -109,7 +111,7 @@ class Task(ABC):
 
     @abstractmethod
     def observe(self, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
-        """Write the observations of ``rows`` into ``out[key][rows]``, for the keys that ``out`` has.
+        """Write the observations of ``rows`` into ``out[key][rows]``, wholly, for the keys that ``out`` has.
 
         ``out[key]`` has the shape ``(num_envs, *observation_space[key].shape)``.
         """

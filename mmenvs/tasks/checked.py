@@ -54,6 +54,12 @@ def check_task(task: Task, num_envs: int, text: str, arguments: Mapping[str, Any
             )
     if types.get("is_success", bool) is not bool:
         raise TypeError(f"{name}.info_types['is_success'] must be bool, got {types['is_success']!r}")
+    if "question_type" in types:
+        names = getattr(task, "types", ())
+        if types["question_type"] is not int or not names or not all(isinstance(each, str) for each in names):
+            raise TypeError(
+                f"{name}.types must hold the names that the info question_type, an int, is an index into, got {names!r}"
+            )
     # Compiled code writes into these without looking at their length.
     for attribute, dtype in (("streams", np.uint64), ("pool_index", np.int64)):
         array = getattr(task, attribute, None)
@@ -73,6 +79,12 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         ValueError: names the observation, and what was found or left out.
     """
     name, given = type(task).__name__, dict(out)
+    try:
+        task.observe(rows, {})
+    except KeyError as error:
+        raise ValueError(
+            f"{name}.observe must write what out asks for, as in if {error} in out: ..., which is not always all"
+        ) from error
     answer: Any = task.observe(rows, out)
     if (
         answer is not None
@@ -92,6 +104,17 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
             raise ValueError(
                 f"{name}.observe must write numbers of observation_space[{key!r}], {space}, got "
                 f"{array[rows][wrong].flat[0]}"
+            )
+    # What isn't written is of an episode before. A few rows tell, all of them could take much memory.
+    rows = rows[:64]
+    seen = {key: array[rows] for key, array in given.items()}
+    for array in given.values():
+        array[rows] = array[rows] == 0
+    task.observe(rows, out)
+    for key, array in given.items():
+        if not np.array_equal(array[rows], seen[key]):
+            raise ValueError(
+                f"{name}.observe must write all of out[{key!r}][rows], also what is padding, and the same each time"
             )
 
 
@@ -132,7 +155,14 @@ def info(task: Task, rows: Rows) -> dict[str, npt.NDArray[Any]]:
             f"{type(task).__name__}.info must give what info_types declares ({', '.join(types)}), which differs in "
             f"{differing}"
         )
-    return {key: _column(task, "info", key, value, rows, types[key]) for key, value in given.items()}
+    columns = {key: _column(task, "info", key, value, rows, types[key]) for key, value in given.items()}
+    kinds = columns.get("question_type")
+    if kinds is not None and kinds.size and not 0 <= kinds.min() <= kinds.max() < len(task.types):
+        raise ValueError(
+            f"{type(task).__name__}.info must give question_type from 0 to {len(task.types) - 1}, got {kinds.min()} to "
+            f"{kinds.max()}"
+        )
+    return columns
 
 
 def oracle(task: Task, rows: Rows) -> npt.NDArray[np.int64]:
