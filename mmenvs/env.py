@@ -156,7 +156,7 @@ class MultimodalEnv(gym.Env[dict[str, Any], int]):
             )
             return None
         self._need_episode()
-        return self.task.render(0)
+        return checked.render(self.task, 0)
 
     def _need_episode(self) -> None:
         if self._seed is None:

@@ -222,7 +222,7 @@ class MultimodalVectorEnv(gym.vector.VectorEnv[Observation, Any, npt.NDArray[Any
             return None
         if self._last is None:
             raise gym.error.ResetNeeded("call reset() before render()")
-        return tuple(self.task.render(row) for row in range(self.num_envs))
+        return tuple(checked.render(self.task, row) for row in range(self.num_envs))
 
     def _seeds_of(self, seed: Any) -> list[int | None]:
         """The seed of each row, None where its stream goes on."""

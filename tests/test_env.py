@@ -450,6 +450,13 @@ DECLARED_WRONG = [
     ({"info_types": {"is_success": [int]}}, TypeError, "info_types must be a dict from names to bool, int"),
     ({"info_types": {"final_obs": int}}, ValueError, "none of episode, final_obs.*got 'final_obs'"),
     ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
+    (
+        {"fixed": None},
+        ValueError,
+        "fixed must be a set of names in observation_space, which holds seen, got None",
+    ),
+    ({"fixed": frozenset(["sene"])}, ValueError, r"fixed must be .* got frozenset\({'sene'}\)"),
+    ({"history": "seen"}, ValueError, "history must be a set of names .* got 'seen'"),
     ({"info_types": {"question_type": int}}, TypeError, r"types must hold the names .* got \(\)"),
     ({"info_types": {"question_type": bool}, "types": ("a",)}, TypeError, "types must hold the names"),
     ({"streams": [0]}, ValueError, r"must call super.*makes streams a uint64 \(\d,\), got \[0\]"),
@@ -583,6 +590,18 @@ def test_a_task_that_gives_other_than_it_promises_is_named(faults, error, told):
             env.reset(seed=0)
             getattr(env, oracle)()
             env.step(action)
+
+
+@pytest.mark.parametrize("picture", [None, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), [[[0, 0, 0]]]])
+def test_a_task_that_draws_no_picture_is_named(picture):
+    task = type("Coin", (Coin,), {"render": lambda self, row: picture})
+    for env in (
+        MultimodalEnv(task, render_mode="rgb_array"),
+        MultimodalVectorEnv(task, 2, render_mode="rgb_array"),
+    ):
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match=r"Coin.render must give uint8 \(H, W, 3\), got"):
+            env.render()
 
 
 def test_a_task_that_forgets_its_split_is_refused():

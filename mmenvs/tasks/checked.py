@@ -43,6 +43,13 @@ def check_task(task: Task, num_envs: int, text: str, arguments: Mapping[str, Any
     for key, part in task.observation_space.items():
         if not isinstance(part, spaces.Box):
             raise TypeError(f"{name}.observation_space[{key!r}] must be a Box space, got {part!r}")
+    for attribute in ("fixed", "history"):
+        names: Any = getattr(task, attribute, None)
+        if not isinstance(names, (set, frozenset)) or not names <= task.observation_space.keys():
+            raise ValueError(
+                f"{name}.{attribute} must be a set of names in observation_space, which holds "
+                f"{', '.join(task.observation_space)}, got {names!r}"
+            )
     types = getattr(task, "info_types", None)
     if not isinstance(types, dict) or any(kind not in (bool, int, float) for kind in types.values()):
         raise TypeError(f"{name}.info_types must be a dict from names to bool, int or float, got {types!r}")
@@ -178,6 +185,19 @@ def oracle(task: Task, rows: Rows) -> npt.NDArray[np.int64]:
             f"{type(task).__name__}.oracle must give actions from 0 to {n - 1}, got {actions.min()} to {actions.max()}"
         )
     return actions
+
+
+def render(task: Task, row: int) -> npt.NDArray[np.uint8]:
+    """The picture of a row, ``(H, W, 3)`` uint8.
+
+    Raises:
+        ValueError: names what the task gave in its place.
+    """
+    picture: Any = task.render(row)
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+        got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else repr(picture)
+        raise ValueError(f"{type(task).__name__}.render must give uint8 (H, W, 3), got {got}")
+    return picture
 
 
 def _column(task: Task, method: str, what: str, value: Any, rows: Rows, kind: type) -> npt.NDArray[Any]:
