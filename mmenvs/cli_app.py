@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,6 +47,9 @@ Source = Annotated[
 ]
 
 
+_IMPORTED: list[str] = []
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"mmenvs {__version__}")
@@ -57,8 +61,29 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it and exit.")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Import a module before, such as one in this folder that registers tasks of yours. Once for each.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    _IMPORTED[:] = modules or []
+    if _IMPORTED and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for module in _IMPORTED:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise typer.BadParameter(f"--import takes the name of a module, such as my_tasks, got {module!r}")
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):  # it is one that the module itself imports
+                raise
+            raise typer.BadParameter(
+                f"--import must name a module that is installed or in this folder, got {module!r}"
+            ) from None
 
 
 @contextmanager
@@ -78,7 +103,8 @@ def agents(name: str) -> Any:
 
 def command(*words: object) -> str:
     """A command of this package as a user types it."""
-    return shlex.join(["mmenvs", *map(str, words)])
+    imports = [word for module in _IMPORTED for word in ("--import", module)]
+    return shlex.join(["mmenvs", *imports, *map(str, words)])
 
 
 def is_transformer(model: Any) -> bool:

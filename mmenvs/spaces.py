@@ -81,7 +81,7 @@ def modality_of(space: spaces.Space) -> Modality:
     if dtype == np.uint8 and len(shape) == 4 and 3 in (shape[1], shape[-1]):
         return "images"
     words = dtype is not None and np.issubdtype(dtype, np.integer) and dtype != np.uint8
-    if words and len(shape) == 1 and space.low.min() >= 0:
+    if words and len(shape) == 1 and np.all(space.low >= 0):
         return "text"
     if dtype is not None and np.issubdtype(dtype, np.floating) and len(shape) in (1, 2):
         like_sound = bool(np.all(space.low == -1) and np.all(space.high == 1))
@@ -92,7 +92,7 @@ def modality_of(space: spaces.Space) -> Modality:
         if not like_sound:
             return "tokens"
     raise ValueError(
-        f"no modality fits a Box of shape {shape}, dtype {dtype} and bounds from {space.low.min()} to {space.high.max()}: expected uint8 (H, W, 3) for an image, "
+        f"no modality fits {space}: expected uint8 (H, W, 3) for an image, "
         "uint8 (K, H, W, 3) for images, int64 (L,) from 0 on for text, float32 (T,) or (C, T) in [-1, 1] for audio, "
         "float (D,) for a vector, float32 (T, D) of other bounds for tokens"
     )

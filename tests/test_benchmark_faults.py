@@ -25,6 +25,7 @@ from mmenvs.benchmark.plan import Plan
 from mmenvs.benchmark.rows import plain
 from mmenvs.benchmark.store import Store
 from mmenvs.benchmark.suites import SUITES, Suite, SuiteTask, suite_named
+from mmenvs.registry import SPECS, Spec
 
 from . import bench_runs
 from .bench_runs import KILLS
@@ -181,6 +182,20 @@ def test_workers_have_one_thread(monkeypatch):
 
 def _environment(run, device, tell):
     return [os.environ[name] for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")]
+
+
+def test_workers_know_the_tasks_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pool_task.py").write_text(
+        "import mmenvs\nmmenvs.register('Mine/Pool-v0', 'mmenvs.tasks.vqa:VQA')\nclass Pool: pass\n"
+    )
+    monkeypatch.setitem(SPECS, "Mine/Pool-v0", Spec("Mine/Pool-v0", "pool_task:Pool", ()))
+    (event,) = pool.run_all([run_of("ppo")], _known, **SETTINGS)
+    assert "Mine/Pool-v0" in event.rows
+
+
+def _known(run, device, tell):
+    return list(SPECS)
 
 
 def test_failed_runs_are_rows_and_are_tried_again(tiny, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What every environment of the suite promises, for all ids, splits and levels."""
 
 import copy
+import os
 import pickle
 import re
 import subprocess
@@ -318,6 +319,8 @@ def test_unknown_reset_options_are_named(id):
 def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
     with pytest.raises(ValueError, match="is taken"):
         mmenvs.register("MMRL/VQA-v0", task_class("MMRL/Captioning-v0"))
+    with pytest.raises(ValueError, match="is taken"):
+        mmenvs.register("MMRL/VQA-v0", task_class("MMRL/VQA-v0"), kwargs={"difficulty": 3})
     with pytest.raises(TypeError, match=r"must be a subclass of mmenvs.tasks.base.Task, got <class 'int'>"):
         mmenvs.register("Mine/Nothing-v0", int)
     half = type("Half", (Task,), {"sample": print, "observe": print, "step": print, "info": print})
@@ -338,6 +341,8 @@ def test_register_refuses_what_is_no_task_and_ids_that_are_taken():
     for wrong, error, told in (
         ({"kwargs": ["difficulty"]}, TypeError, r"kwargs must be a dict .*got \['difficulty'\]"),
         ({"kwargs": {1: 2}}, TypeError, "kwargs must be a dict"),
+        ({"kwargs": {"task": "os:path"}}, ValueError, "kwargs must be arguments of the task, 'task' is none"),
+        ({"tags": None}, TypeError, "tags must be a tuple of texts, got None"),
         ({"min_score": "0"}, TypeError, "min_score must be a number"),
         ({"max_score": np.inf}, ValueError, "max_score must be"),
         ({"min_score": 2}, ValueError, "min_score must be less than max_score, got 2.0 and 1.0"),
@@ -391,35 +396,38 @@ def test_a_task_that_is_registered_again_takes_the_place_of_its_former_self(recw
     assert not [warning for warning in recwarn if "Overriding" in str(warning.message)]
 
 
-def test_a_module_before_an_id_is_imported(tmp_path, monkeypatch):
+def test_the_command_line_imports_modules_with_tasks(tmp_path):
     source = (Path(__file__).parents[1] / "examples/custom_task.py").read_text().partition("envs = ")[0]
-    (tmp_path / "my_tasks.py").write_text(source.replace("MMRL/ColourName", "Mine/ColourName"))
-    (tmp_path / "my_broken.py").write_text("import nowhere_to_be_found")
-    with pytest.raises(
-        ModuleNotFoundError, match=r"id must name a module .*got 'my_tasks:Mine/ColourName-v0'"
+    own = "Mine/ColourName-v0"
+    # One whose right action is always the same, and whose scenes no probe knows.
+    constant = source.replace("(self.colour[rows] == self.word[rows])", "(self.colour[rows] >= 0)")
+    (tmp_path / "my_tasks.py").write_text(constant.replace("MMRL/ColourName-v0", own))
+    (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": "200"}}
+
+    def run(module, *words, fails=False):
+        words = [*(["--import", module] if module else []), *words]
+        done = subprocess.run([sys.executable, "-m", "mmenvs", *words], **options)
+        assert (done.returncode != 0) == fails, done.stderr
+        return done.stdout + done.stderr
+
+    for module, told in (
+        ("my_task", "installed or in this folder, got 'my_task'"),
+        ("a..b", "the name of a module"),
     ):
-        task_class("my_tasks:Mine/ColourName-v0")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
-        task_class("my_broken:Mine/ColourName-v0")
-    try:
-        assert task_class("my_tasks:Mine/ColourName-v0").__module__ == "my_tasks"
-        with pytest.raises(gym.error.NameNotFound, match="did you mean Mine/ColourName-v0"):
-            task_class("my_tasks:Mine/ColourNames-v0")
-    finally:
-        mmenvs.SPECS.pop("Mine/ColourName-v0", None), gym.registry.pop("Mine/ColourName-v0", None)
-        sys.modules.pop("my_tasks", None)
-    # Where nothing was imported before; the agent's folder knows where its task is.
-    options = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
-    run = [sys.executable, "-m", "mmenvs"]
+        assert told in run(module, "list", fails=True)
+    assert "nowhere_to_be_found" in run("broken", "list", fails=True)
+    assert "next: mmenvs --import my_tasks evaluate agent" in run(
+        "my_tasks", "train", own, "--steps", "256", "--device", "cpu", "--out", "agent"
+    )
+    # What the folder of an agent names is not imported.
+    assert f"id '{own}' is not in the suite" in run("", "evaluate", "agent", fails=True)
+    assert "oracle" in run("my_tasks", "evaluate", "agent", "--episodes", "16")
     grid = ["--embeddings", "cnn+concat", "--seeds", "1", "--episodes", "16", "--device", "cpu"]
-    own = "my_tasks:Mine/ColourName-v0"
-    subprocess.run([*run, "train", own, "--steps", "256", "--device", "cpu", "--out", "agent"], **options)
-    told = subprocess.run([*run, "evaluate", "agent", "--episodes", "16"], **options).stdout
-    assert own in told and "oracle" in told
-    subprocess.run([*run, "compare", "--envs", own, *grid, "--steps", "256", "--out", "compared"], **options)
+    run("my_tasks", "compare", "--envs", own, *grid, "--steps", "256", "--out", "compared")
     report = (tmp_path / "compared/report.md").read_text()
     assert "skipped: its episodes show no scenes" in report and "return lost without image" in report
+    assert "skipped: right actions are the same in all episodes" in report
 
 
 SPACES = gym.spaces
@@ -450,15 +458,12 @@ DECLARED_WRONG = [
     ({"info_types": {"is_success": [int]}}, TypeError, "info_types must be a dict from names to bool, int"),
     ({"info_types": {"final_obs": int}}, ValueError, "none of episode, final_obs.*got 'final_obs'"),
     ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
-    (
-        {"fixed": None},
-        ValueError,
-        "fixed must be a set of names in observation_space, which holds seen, got None",
-    ),
-    ({"fixed": frozenset(["sene"])}, ValueError, r"fixed must be .* got frozenset\({'sene'}\)"),
-    ({"history": "seen"}, ValueError, "history must be a set of names .* got 'seen'"),
+    ({"fixed": None}, TypeError, "fixed must be a set of names of observations, got None"),
+    ({"history": "seen"}, TypeError, "history must be a set of names of observations, got 'seen'"),
     ({"info_types": {"question_type": int}}, TypeError, r"types must hold the names .* got \(\)"),
     ({"info_types": {"question_type": bool}, "types": ("a",)}, TypeError, "types must hold the names"),
+    ({"info_types": {"question_type": int}, "types": "colour"}, TypeError, "types must hold .*got 'colour'"),
+    ({"info_types": {"question_type": int}, "types": 5}, TypeError, "types must hold .*got 5"),
     ({"streams": [0]}, ValueError, r"must call super.*makes streams a uint64 \(\d,\), got \[0\]"),
     (
         {"streams": np.zeros(7, np.uint64)},
@@ -558,6 +563,12 @@ GIVEN_WRONG = [
         "observe must write what out asks for, as in if 'seen' in out",
     ),
     (
+        {"observe": lambda rows, out: out.setdefault("seen", np.empty(0)).fill(0.5)},
+        ValueError,
+        "observe must set no others than none in out",
+    ),
+    ({"observe": lambda rows, out: {"red": 1}["blue"]}, KeyError, "blue"),
+    (
         {"observe": lambda rows, out: out.update(seen=np.zeros(1))},
         ValueError,
         "must write into the arrays of out",
@@ -586,7 +597,7 @@ def test_a_task_that_gives_other_than_it_promises_is_named(faults, error, told):
         (MultimodalEnv(task), 1, "oracle_action"),
         (MultimodalVectorEnv(task, 2), np.array([1, 1]), "oracle_actions"),
     ):
-        with pytest.raises(error, match=f"Coin.*{told}"):
+        with pytest.raises(error, match=told if error is KeyError else f"Coin.*{told}"):
             env.reset(seed=0)
             getattr(env, oracle)()
             env.step(action)

@@ -82,12 +82,10 @@ def _mixed(episodes: Sequence[Episode]) -> list[Episode]:
 
 def replay(agent: str, task: str, run: dict[str, Any], example: dict[str, Any]) -> Episode | None:
     """Play the actions of a row again; None if they don't fit the environment, which isn't this version's then."""
-    # Without its module: what a file names isn't imported.
-    id = run["id"].rpartition(":")[2]
-    if id not in SPECS or len(example["actions"]) > _MAX_STEPS:
+    if run["id"] not in SPECS or len(example["actions"]) > _MAX_STEPS:
         return None
     try:
-        env = gym.make(id, split="test", difficulty=run["difficulty"], render_mode="rgb_array")
+        env = gym.make(run["id"], split="test", difficulty=run["difficulty"], render_mode="rgb_array")
         observation, info = env.reset(seed=example["seed"])
         sound, film = observation.get("audio"), observation.get("video")
         total, ended = 0.0, False

@@ -332,7 +332,12 @@ def _structure(agent: Any, run: Mapping[str, Any]) -> dict[str, Any]:
         env_kwargs={**run["env_kwargs"], "split": "val"},
         episodes=max(run["episodes"] // 4, 128),
     )
-    return {**probes, "use": used}
+    same = {"skipped": "right actions are the same in all episodes of a type"}
+    told = {
+        name: {key: same if key == "swapped" and loss is None else loss for key, loss in losses.items()}
+        for name, losses in used.items()
+    }
+    return {**probes, "use": told}
 
 
 def _extractor(agent: Any) -> Extractor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mmenvs.benchmark.rows import Row
+from mmenvs.registry import SPECS
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _POLL = 0.25  # seconds
@@ -121,7 +123,7 @@ def run_all(
 def _start(execute: Execute, device: str, threads: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, execute, device), daemon=True)
+    process = context.Process(target=_work, args=(theirs, execute, device, _modules()), daemon=True)
     # Thread counts are read when the libraries are loaded, so they must be there before.
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(threads)))
@@ -201,7 +203,12 @@ def attempt(execute: Execute, run: Mapping[str, Any], device: str, tell: Tell) -
         gc.collect()
 
 
-def _work(pipe: Connection, execute: Execute, device: str) -> None:
+def _modules() -> list[str]:
+    """Where tasks are, those of the user too, which a new process doesn't know; it runs ``__main__`` again by itself."""
+    return sorted({spec.task.partition(":")[0] for spec in SPECS.values()} - {"__main__"})
+
+
+def _work(pipe: Connection, execute: Execute, device: str, modules: Sequence[str]) -> None:
     """What a worker process does: runs from the pipe, until the other end is closed."""
     # Ctrl-C is for the process that waits for this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -213,6 +220,8 @@ def _work(pipe: Connection, execute: Execute, device: str) -> None:
     def tell(share: float, score: float | None) -> None:
         pipe.send(("progress", (share, score)))
 
+    for module in modules:
+        importlib.import_module(module)
     pipe.send(("ready", ()))
     while True:
         try:

@@ -96,5 +96,4 @@ def suite_named(name: str) -> Suite:
 
 def tags_of(id: str) -> tuple[str, ...]:
     """Tags of an environment; none of one that isn't registered here."""
-    spec = SPECS.get(id.rpartition(":")[2])
-    return () if spec is None else spec.tags
+    return SPECS[id].tags if id in SPECS else ()

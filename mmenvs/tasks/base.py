@@ -113,7 +113,8 @@ class Task(ABC):
     def observe(self, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         """Write the observations of ``rows`` into ``out[key][rows]``, wholly, for the keys that ``out`` has.
 
-        ``out[key]`` has the shape ``(num_envs, *observation_space[key].shape)``.
+        ``out[key]`` has the shape ``(num_envs, *observation_space[key].shape)``. It changes nothing else: asked twice, it
+        writes the same.
         """
 
     @abstractmethod

@@ -45,11 +45,8 @@ def check_task(task: Task, num_envs: int, text: str, arguments: Mapping[str, Any
             raise TypeError(f"{name}.observation_space[{key!r}] must be a Box space, got {part!r}")
     for attribute in ("fixed", "history"):
         names: Any = getattr(task, attribute, None)
-        if not isinstance(names, (set, frozenset)) or not names <= task.observation_space.keys():
-            raise ValueError(
-                f"{name}.{attribute} must be a set of names in observation_space, which holds "
-                f"{', '.join(task.observation_space)}, got {names!r}"
-            )
+        if not isinstance(names, set | frozenset):
+            raise TypeError(f"{name}.{attribute} must be a set of names of observations, got {names!r}")
     types = getattr(task, "info_types", None)
     if not isinstance(types, dict) or any(kind not in (bool, int, float) for kind in types.values()):
         raise TypeError(f"{name}.info_types must be a dict from names to bool, int or float, got {types!r}")
@@ -63,7 +60,8 @@ def check_task(task: Task, num_envs: int, text: str, arguments: Mapping[str, Any
         raise TypeError(f"{name}.info_types['is_success'] must be bool, got {types['is_success']!r}")
     if "question_type" in types:
         names = getattr(task, "types", ())
-        if types["question_type"] is not int or not names or not all(isinstance(each, str) for each in names):
+        whole = isinstance(names, tuple | list) and names and all(isinstance(each, str) for each in names)
+        if types["question_type"] is not int or not whole:
             raise TypeError(
                 f"{name}.types must hold the names that the info question_type, an int, is an index into, got {names!r}"
             )
@@ -86,12 +84,6 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         ValueError: names the observation, and what was found or left out.
     """
     name, given = type(task).__name__, dict(out)
-    try:
-        task.observe(rows, {})
-    except KeyError as error:
-        raise ValueError(
-            f"{name}.observe must write what out asks for, as in if {error} in out: ..., which is not always all"
-        ) from error
     answer: Any = task.observe(rows, out)
     if (
         answer is not None
@@ -113,16 +105,27 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
                 f"{array[rows][wrong].flat[0]}"
             )
     # What isn't written is of an episode before. A few rows tell, all of them could take much memory.
-    rows = rows[:64]
-    seen = {key: array[rows] for key, array in given.items()}
-    for array in given.values():
-        array[rows] = array[rows] == 0
-    task.observe(rows, out)
-    for key, array in given.items():
-        if not np.array_equal(array[rows], seen[key]):
+    rows = rows[:8]
+    for asked in ({}, *({key: array} for key, array in given.items())):
+        seen = {key: array[rows] for key, array in asked.items()}
+        for array in asked.values():
+            array[rows] = array[rows] == 0
+        before = dict(asked)
+        try:
+            task.observe(rows, asked)
+        except KeyError as error:
+            if error.args[0] not in given:  # it is a mistake of another kind
+                raise
             raise ValueError(
-                f"{name}.observe must write all of out[{key!r}][rows], also what is padding, and the same each time"
-            )
+                f"{name}.observe must write what out asks for, as in if {error} in out: ..., which is not always all"
+            ) from error
+        if asked.keys() != before.keys():
+            raise ValueError(f"{name}.observe must set no others than {', '.join(before) or 'none'} in out")
+        for key, array in asked.items():
+            if not np.array_equal(array[rows], seen[key]):
+                raise ValueError(
+                    f"{name}.observe must write all of out[{key!r}][rows], also what is padding, and the same each time"
+                )
 
 
 def step(
