@@ -124,9 +124,9 @@ def show(
         env = gym.make(id, render_mode="rgb_array", **env_kwargs)
         out_folder(out.parent)
     ends_only = out.suffix.lower() == ".png"
-    frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
-    env.close()
     with user_errors():
+        frames, sound, returns, successes = media.play(env, player, episodes, seed, ends_only=ends_only)
+        env.close()
         media.write(out, frames, media.FPS, sound)
     gaze = getattr(player, "gaze", None)
     if gaze is not None and gaze.heat is None and gaze.weights is None:

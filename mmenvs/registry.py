@@ -104,6 +104,8 @@ def register(
                 f"id {id!r} is taken by {SPECS[id].task}; raise its version or choose another name"
             )
         gym.registry.pop(id, None)  # Gymnasium would warn
+    elif id in gym.registry:
+        raise ValueError(f"id {id!r} is taken by {gym.registry[id].entry_point}; choose another name")
     SPECS[id] = Spec(id, path, tuple(tags), dict(kwargs or {}), min_score, max_score)
     gym.register(
         id,
@@ -140,9 +142,19 @@ def task_class(id: str) -> type[Task]:
 
 
 def load_task(path: str) -> type[Task]:
-    """Import ``"module:Class"``."""
+    """Import ``"module:Class"``.
+
+    Raises:
+        ImportError: if there is no such module.
+        TypeError: if the module has no such task.
+    """
+    from mmenvs.tasks.base import Task
+
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise TypeError(f"task must be the 'module:Class' of a subclass of Task, got {path!r}")
+    return found
 
 
 register("MMRL/VQA-v0", "mmenvs.tasks.vqa:VQA", tags=("image", "text", "question", "one-step"))

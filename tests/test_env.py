@@ -383,6 +383,16 @@ class Coin(Task):
     describe = render = None
 
 
+def test_ids_of_others_and_texts_that_name_no_task_are_refused():
+    with pytest.raises(ValueError, match=r"'CartPole-v1' is taken by gymnasium\.envs"):
+        mmenvs.register("CartPole-v1", Coin)
+    for path in ("collections:OrderedDict", "mmenvs.tasks.vqa:Nothing", "math:pi"):
+        with pytest.raises(
+            TypeError, match=f"task must be the 'module:Class' of a subclass of Task, got '{path}'"
+        ):
+            MultimodalEnv(path)
+
+
 def test_a_task_that_is_registered_again_takes_the_place_of_its_former_self(recwarn):
     try:
         mmenvs.register("Mine/Coin-v0", Coin, tags=("old",))
@@ -400,8 +410,11 @@ def test_the_command_line_imports_modules_with_tasks(tmp_path):
     source = (Path(__file__).parents[1] / "examples/custom_task.py").read_text().partition("envs = ")[0]
     own = "Mine/ColourName-v0"
     # One whose right action is always the same, and whose scenes no probe knows.
+    source = source.replace('num_envs, *, split="train", difficulty=0):', "num_envs, **more):")
+    source = source.replace("(num_envs, split=split, difficulty=difficulty)", "(num_envs, **more)")
     constant = source.replace("(self.colour[rows] == self.word[rows])", "(self.colour[rows] >= 0)")
-    (tmp_path / "my_tasks.py").write_text(constant.replace("MMRL/ColourName-v0", own))
+    constant = constant.replace("return media.panel", "media.panel").replace("MMRL/ColourName-v0", own)
+    (tmp_path / "my_tasks.py").write_text(constant)
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "COLUMNS": "200"}}
 
@@ -423,6 +436,9 @@ def test_the_command_line_imports_modules_with_tasks(tmp_path):
     # What the folder of an agent names is not imported.
     assert f"id '{own}' is not in the suite" in run("", "evaluate", "agent", fails=True)
     assert "oracle" in run("my_tasks", "evaluate", "agent", "--episodes", "16")
+    assert "render must give uint8 (H, W, 3), got None" in run(
+        "my_tasks", "show", own, "--out", "x.png", fails=True
+    )
     grid = ["--embeddings", "cnn+concat", "--seeds", "1", "--episodes", "16", "--device", "cpu"]
     run("my_tasks", "compare", "--envs", own, *grid, "--steps", "256", "--out", "compared")
     report = (tmp_path / "compared/report.md").read_text()
@@ -460,9 +476,18 @@ DECLARED_WRONG = [
     ({"info_types": {"_x": int}}, ValueError, "without a leading '_'.*got '_x'"),
     ({"fixed": None}, TypeError, "fixed must be a set of names of observations, got None"),
     ({"history": "seen"}, TypeError, "history must be a set of names of observations, got 'seen'"),
-    ({"info_types": {"question_type": int}}, TypeError, r"types must hold the names .* got \(\)"),
-    ({"info_types": {"question_type": bool}, "types": ("a",)}, TypeError, "types must hold the names"),
+    ({"info_types": {"question_type": int}}, TypeError, r"types must hold the different names .* got \(\)"),
+    (
+        {"info_types": {"question_type": bool}, "types": ("a",)},
+        TypeError,
+        "types must hold the different names",
+    ),
     ({"info_types": {"question_type": int}, "types": "colour"}, TypeError, "types must hold .*got 'colour'"),
+    (
+        {"info_types": {"question_type": int}, "types": ("a", "b", "a")},
+        TypeError,
+        "types must hold the different",
+    ),
     ({"info_types": {"question_type": int}, "types": 5}, TypeError, "types must hold .*got 5"),
     ({"streams": [0]}, ValueError, r"must call super.*makes streams a uint64 \(\d,\), got \[0\]"),
     (

@@ -31,6 +31,7 @@ from mmenvs.embeddings.joint import PREFIX
 from mmenvs.files import locked, out_folder
 from mmenvs.registry import task_class
 from mmenvs.spaces import modality_of
+from mmenvs.tasks.base import Task
 
 Run = dict[str, Any]
 
@@ -141,7 +142,9 @@ class Grid:
 
     def _env_kwargs(self, id: str) -> list[dict[str, Any]]:
         """The combinations of those axes that the environment has."""
-        accepted = inspect.signature(task_class(id)).parameters
+        accepted = dict(inspect.signature(task_class(id)).parameters)
+        if any(each.kind == each.VAR_KEYWORD for each in accepted.values()):
+            accepted |= inspect.signature(Task.__init__).parameters
         axes = {name: values for name, values in self.env_axes.items() if name in accepted}
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 

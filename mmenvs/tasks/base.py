@@ -56,7 +56,7 @@ class Task(ABC):
     observation_space: spaces.Dict
     action_space: spaces.Discrete  # from 0 on
     vocabulary: Vocabulary
-    # Every key of the infos, in every step, and its Python type: bool, int or float.
+    # Every key of the infos, in every step, and its Python type: bool, int or float. What is evaluated has "is_success", a bool.
     info_types: dict[str, type]
     # Names of the types of questions, for tasks with "question_type" in the infos, an index into them: scores are told apart by it.
     types: tuple[str, ...] = ()

@@ -61,9 +61,9 @@ def check_task(task: Task, num_envs: int, text: str, arguments: Mapping[str, Any
     if "question_type" in types:
         names = getattr(task, "types", ())
         whole = isinstance(names, tuple | list) and names and all(isinstance(each, str) for each in names)
-        if types["question_type"] is not int or not whole:
+        if types["question_type"] is not int or not whole or len(set(names)) < len(names):
             raise TypeError(
-                f"{name}.types must hold the names that the info question_type, an int, is an index into, got {names!r}"
+                f"{name}.types must hold the different names that the info question_type, an int, is an index into, got {names!r}"
             )
     # Compiled code writes into these without looking at their length.
     for attribute, dtype in (("streams", np.uint64), ("pool_index", np.int64)):
