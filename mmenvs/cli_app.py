@@ -47,7 +47,7 @@ Source = Annotated[
 ]
 
 
-_IMPORTED: list[str] = []
+_IMPORTED: list[str] = []  # by --import, which commands that go on with an agent need again
 
 
 def _print_version(asked: bool) -> None:

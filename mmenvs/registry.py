@@ -91,7 +91,7 @@ def register(
     ):
         raise TypeError(f"kwargs must be a dict from names to values, got {kwargs!r}")
     if "task" in (kwargs or {}):
-        raise ValueError("kwargs must be arguments of the task, 'task' is none")
+        raise ValueError(f"kwargs must be arguments of the task, 'task' is none, got {kwargs!r}")
     min_score = number_in("min_score", min_score, -_HIGHEST, _HIGHEST)
     max_score = number_in("max_score", max_score, -_HIGHEST, _HIGHEST)
     if min_score >= max_score:
