@@ -13,6 +13,8 @@ from gymnasium import spaces
 from mmenvs.checks import check_flag, integer_in, number_in
 from mmenvs.embeddings.encoders import encoders_fitting
 from mmenvs.registry import task_class
+from mmenvs.spaces import modality_of
+from mmenvs.world.words import VOCABULARY
 
 # Encodes what doesn't change within an episode, unless an agent is asked to look in another way: on both tasks of
 # docs/results/compare it beats encoders trained from pixels.
@@ -194,4 +196,10 @@ def default_encoders(id: str, space: spaces.Dict, env_kwargs: Mapping[str, Any])
     if env_kwargs.get("source") is not None:
         return {}  # photographs and other words than the world's
     fixed = {name: part for name, part in space.items() if name in task_class(id).fixed}
-    return encoders_fitting(ENCODER, spaces.Dict(fixed))
+    fitting = encoders_fitting(ENCODER, spaces.Dict(fixed))
+    return {name: encoder for name, encoder in fitting.items() if _of_the_world(fixed[name])}
+
+
+def _of_the_world(part: Any) -> bool:
+    """Whether a text is in the world's words, the only ones that ``shapes`` knows; tasks of one's own have others."""
+    return modality_of(part) != "text" or int(part.high.max()) + 1 == len(VOCABULARY)

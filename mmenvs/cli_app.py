@@ -75,14 +75,16 @@ def main(
         sys.path.append(os.getcwd())
     for module in _IMPORTED:
         if not all(part.isidentifier() for part in module.split(".")):
-            raise typer.BadParameter(f"--import takes the name of a module, such as my_tasks, got {module!r}")
+            raise typer.BadParameter(
+                f"--import takes the name of a module, such as my_tasks of my_tasks.py, got {module!r}"
+            )
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):  # it is one that the module itself imports
                 raise
             raise typer.BadParameter(
-                f"--import must name a module that is installed or in this folder, got {module!r}"
+                f"--import must name a module that is installed or in this folder, without .py, got {module!r}"
             ) from None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
-from gymnasium.envs.registration import parse_env_id
+from gymnasium.envs.registration import get_env_id, parse_env_id
 
 from mmenvs.checks import number_in
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mmenvs.tasks.base import Task
 
 _HIGHEST = 1e9  # of scores
+# Arguments that environments take from those who make them.
+_RESERVED = ("task", "num_envs", "render_mode", "autoreset_mode", "max_episode_steps")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def register(
         raise TypeError(f"tags must be a tuple of texts, got {tags!r}")
     if parse_env_id(id)[2] is None:
         raise ValueError(f"id must end in a version, such as {id + '-v0'!r}, got {id!r}")
+    if (written := get_env_id(*parse_env_id(id))) != id:  # Gymnasium would register that one
+        raise ValueError(f"id must be written as {written!r}, got {id!r}")
     if isinstance(task, str):
         if not all(task.partition(":")):
             raise ValueError(f"task must be a class or 'module:Class', got {task!r}")
@@ -90,8 +94,9 @@ def register(
         kwargs is None or (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs))
     ):
         raise TypeError(f"kwargs must be a dict from names to values, got {kwargs!r}")
-    if "task" in (kwargs or {}):
-        raise ValueError(f"kwargs must be arguments of the task, 'task' is none, got {kwargs!r}")
+    for name in _RESERVED:
+        if name in (kwargs or {}):
+            raise ValueError(f"kwargs must be arguments of the task, {name!r} is none, got {kwargs!r}")
     min_score = number_in("min_score", min_score, -_HIGHEST, _HIGHEST)
     max_score = number_in("max_score", max_score, -_HIGHEST, _HIGHEST)
     if min_score >= max_score:
@@ -131,7 +136,7 @@ def find_spec(id: str) -> Spec:
         near = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
         raise gym.error.NameNotFound(
             f"id {id!r} is not in the suite; {f'did you mean {names[near[0]]}? ' if near else ''}"
-            f"there are {', '.join(SPECS)}, and what modules register once they are imported"
+            f"there are {', '.join(SPECS)}, and what modules register once they are imported (on the command line by --import MODULE)"
         )
     return SPECS[id]
 

@@ -197,7 +197,8 @@ def render(task: Task, row: int) -> npt.NDArray[np.uint8]:
         ValueError: names what the task gave in its place.
     """
     picture: Any = task.render(row)
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+    fits = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.shape[2:] == (3,)
+    if not fits or not picture.size:
         got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else repr(picture)
         raise ValueError(f"{type(task).__name__}.render must give uint8 (H, W, 3), got {got}")
     return picture
