@@ -110,7 +110,6 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
         seen = {key: array[rows] for key, array in asked.items()}
         for array in asked.values():
             array[rows] = array[rows] == 0
-        before = dict(asked)
         try:
             task.observe(rows, asked)
         except KeyError as error:
@@ -119,10 +118,10 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
             raise ValueError(
                 f"{name}.observe must write what out asks for, as in if {error} in out: ..., which is not always all"
             ) from error
-        if asked.keys() != before.keys():
-            raise ValueError(f"{name}.observe must set no others than {', '.join(before) or 'none'} in out")
-        for key, array in asked.items():
-            if not np.array_equal(array[rows], seen[key]):
+        if asked.keys() != seen.keys():
+            raise ValueError(f"{name}.observe must set no others than {', '.join(seen) or 'none'} in out")
+        for key, part in seen.items():
+            if not np.array_equal(given[key][rows], part):
                 raise ValueError(
                     f"{name}.observe must write all of out[{key!r}][rows], also what is padding, and the same each time"
                 )
