@@ -633,6 +633,18 @@ def test_a_task_that_gives_other_than_it_promises_is_named(faults, error, told):
             env.step(action)
 
 
+def test_a_history_that_holds_more_than_the_actions_so_far_is_named():
+    class Seen(Coin):
+        history = frozenset({"seen"})
+
+        def observe(self, rows, out):
+            if "seen" in out:
+                out["seen"][rows] = self.streams[rows, None] % 2
+
+    with pytest.raises(ValueError, match=r"Seen\.history must name .* 'seen' differs between episodes"):
+        MultimodalVectorEnv(Seen, 16).reset(seed=0)
+
+
 @pytest.mark.parametrize(
     "picture",
     [None, np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3)), [[[0, 0, 0]]]],

@@ -104,6 +104,13 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
                 f"{name}.observe must write numbers of observation_space[{key!r}], {space}, got "
                 f"{array[rows][wrong].flat[0]}"
             )
+    # An agent that is its own memory doesn't look at these, and would be blind to what differs here.
+    for key in given.keys() & task.history:
+        if (given[key][rows] != given[key][rows[:1]]).any():
+            raise ValueError(
+                f"{name}.history must name observations of the actions so far and nothing else, {key!r} differs between "
+                "episodes that have just begun"
+            )
     # What isn't written is of an episode before. A few rows tell, all of them could take much memory.
     rows = rows[:8]
     for asked in ({}, *({key: array} for key, array in given.items())):
