@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm
     OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm --sft-steps 40 --rl-steps 5 --episodes 200    # a try
 
-Prints the success on the test split after each of the two, greedy and sampled, and leaves ``results.json``.
+Prints the success on the test split after each of the two, greedy and sampled, and by how much GRPO raises it on the same
+episodes; leaves ``results.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mmenvs_agents.vlm import VLMSettings, load
 from mmenvs_agents.vlm_finetuning import finetune
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mmenvs.benchmark.stats import bootstrap
 from mmenvs.files import replacing
 from mmenvs.text import SPECIAL
 from mmenvs.world.words import VOCABULARY
@@ -54,7 +56,7 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
-def idefics3(width: int = 128, layers: int = 4, size: int = 64, patch: int = 8) -> tuple[Any, Any]:
+def idefics3(width: int = 192, layers: int = 5, size: int = 64, patch: int = 8) -> tuple[Any, Any]:
     """An untrained Idefics3 (Laurencon et al. 2024) and its processor.
 
     Args:
@@ -94,14 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/vlm"))
     parser.add_argument("--difficulty", type=int, default=0)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--sft-steps", type=int, default=400)
-    parser.add_argument("--rl-steps", type=int, default=600)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--sft-steps", type=int, default=500)
+    parser.add_argument("--rl-steps", type=int, default=900)
     parser.add_argument("--rl-batch", type=int, default=256)
-    parser.add_argument("--sft-rate", type=float, default=1e-3)
-    parser.add_argument("--rl-rate", type=float, default=3e-4)
-    parser.add_argument("--episodes", type=int, default=2000)
+    parser.add_argument("--sft-rate", type=float, default=4e-4)
+    parser.add_argument("--rl-rate", type=float, default=1e-4)
+    parser.add_argument("--episodes", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -132,7 +134,8 @@ def main() -> None:
         learning_rate=options.rl_rate,
         seed=options.seed + 10_000,
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    before: dict[bool, Any] = {}
     for name, run in (("sft", settings), ("grpo", tuned)):
         begin = time.process_time()
         finetune(run, options.out / name, options.device, lambda line: print(line, flush=True))
@@ -146,19 +149,24 @@ def main() -> None:
                 env_kwargs=run.env_kwargs,
                 deterministic=deterministic,
             )
-            row = {"agent": name, "parameters": size, "updates": run.steps, "cpu_seconds": seconds}
-            rows.append({**row, **result.to_dict()})
+            row = {"agent": name, "parameters": size, "training_seed": options.seed, "updates": run.steps}
+            rows.append({**row, "cpu_seconds": seconds, **result.to_dict(), "gain": None})
+            successes = result.successes.astype(float)
+            if deterministic in before:  # the same episodes
+                rows[-1]["gain"] = asdict(bootstrap([[successes - before[deterministic]]]))
+            before[deterministic] = successes
     with replacing(options.out / "results.json") as file:
         file.write_text(json.dumps(rows, indent=2))
     print(f"\n{size / 1e6:.1f} M parameters, {options.episodes:,} episodes of the test split\n")
-    print("| after | updates | answers | success | 95 % interval | minutes of one core |")
-    print("|---|---:|---|---:|---|---:|")
+    print("| after | updates | answers | success | 95 % interval | gain | minutes of one core |")
+    print("|---|---:|---|---:|---|---|---:|")
     for row in rows:
         rate, how = row["success"], "greedy" if row["deterministic"] else "sampled"
+        gain = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row["gain"]) if row["gain"] else ""
         minutes = row["cpu_seconds"] / 60
         print(
             f"| {row['agent']} | {row['updates']:,} | {how} | {rate['value']:.3f} "
-            f"| {rate['low']:.3f} to {rate['high']:.3f} | {minutes:.1f} |"
+            f"| {rate['low']:.3f} to {rate['high']:.3f} | {gain} | {minutes:.1f} |"
         )
 
 
