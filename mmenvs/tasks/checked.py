@@ -105,8 +105,8 @@ def observe(task: Task, rows: Rows, out: dict[str, npt.NDArray[Any]]) -> None:
                 f"{array[rows][wrong].flat[0]}"
             )
     # An agent that is its own memory doesn't look at these, and would be blind to what differs here.
-    for key in given.keys() & task.history:
-        if (given[key][rows] != given[key][rows[:1]]).any():
+    for key, array in given.items():
+        if key in task.history and (array[rows] != array[rows[:1]]).any():
             raise ValueError(
                 f"{name}.history must name observations of the actions so far and nothing else, {key!r} differs between "
                 "episodes that have just begun"
