@@ -41,7 +41,7 @@ class VLMSettings:
             ``vlm_ppo.py``).
         lora: rank of the adapters (Hu et al. 2021) beside every linear layer; 0 trains all weights.
         steps: updates.
-        batch: what an update sees on each device: answers for grpo and rloo, a multiple of ``generations``;
+        batch: what an update sees on each device, as often as ``gradient_accumulation_steps`` among ``arguments``: answers for grpo and rloo, a multiple of ``generations``;
             answers to as many episodes for ppo; episodes for sft; pairs for dpo.
         generations: answers to the same episode; dpo takes its pair out of as many. Not for sft and ppo.
         learning_rate: at the start; it falls linearly to 0. None is what is usual for the algorithm.

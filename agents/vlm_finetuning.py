@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,6 +29,18 @@ _RATES = {
     "rloo": (1e-5, 1e-6),
     "dpo": (5e-6, 5e-7),
     "ppo": (1e-5, 1e-6),
+}
+# Arguments of TRL's configuration that settings of ours set, and which.
+_OURS = {
+    "output_dir": "out",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "beta": "kl",
+    "num_generations": "generations",
+    "temperature": "temperature",
+    "max_completion_length": "max_tokens",
 }
 _SHOWN = ("loss", "reward", "success", "unparsable", "kl", "mean_token_accuracy", "rewards/accuracies")
 
@@ -70,7 +83,7 @@ def finetune(
     config = getattr(trl, f"{settings.algo.upper()}Config")(**arguments)
     model.to(config.device)  # the GPU of this process
     transformers.set_seed(settings.seed)
-    rows = settings.batch * settings.steps * config.world_size
+    rows = settings.batch * settings.steps * config.world_size * config.gradient_accumulation_steps
     common: dict[str, Any] = {
         "model": model,
         "args": config,
@@ -80,6 +93,9 @@ def finetune(
     }
     first = int(np.random.SeedSequence([settings.seed]).generate_state(1)[0])
     if settings.algo in ("grpo", "rloo"):
+        rows = (
+            math.ceil(rows / config.generation_batch_size) * config.generation_batch_size
+        )  # TRL drops the rest
         seeds = range(first, first + rows // settings.generations)
         trainer = getattr(trl, f"{settings.algo.upper()}Trainer")(
             reward_funcs=episodes.reward, train_dataset=episodes.dataset(seeds), **common
@@ -110,8 +126,10 @@ def check(settings: VLMSettings) -> None:
     """That a training can begin as far as that shows without a model: libraries, settings of ppo, one process for it.
 
     Raises:
-        ImportError, TypeError, ValueError: if it can't.
+        ImportError, TypeError, ValueError: if it can't, or ``arguments`` hold what other settings set.
     """
+    if settings.arguments.get("use_vllm") and settings.algo not in ("grpo", "rloo"):
+        raise ValueError(f"vLLM answers in the training of grpo and rloo, got algo={settings.algo!r}")
     if settings.algo == "ppo":
         vlm_ppo.TokenPPO.of(settings)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -121,6 +139,11 @@ def check(settings: VLMSettings) -> None:
             )
     else:
         require_trl()
+        for name in settings.arguments:
+            if name in _OURS:
+                raise ValueError(
+                    f"arguments must leave {name!r} to {_OURS[name]}, got {settings.arguments[name]!r}"
+                )
     _lora(settings)
 
 
@@ -158,6 +181,8 @@ def check_out(out: str | os.PathLike[str]) -> Path:
     path = files.check_out(out, "fine-tuned model")
     if (path / SETTINGS).exists():
         raise ValueError(f"out={str(out)!r} holds a fine-tuned model already: choose another folder")
+    if (path / "config.json").exists():
+        raise ValueError(f"out={str(out)!r} holds a model (config.json): choose another folder")
     return path
 
 

@@ -1,7 +1,7 @@
 """A small vision-language model built from a configuration: supervised on the world, then GRPO through TRL.
 
-    OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm
-    OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/vlm --sft-steps 40 --rl-steps 5 --episodes 200    # a try
+    OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/small_vlm
+    OMP_NUM_THREADS=1 python benchmarks/vlm.py --out runs/small_vlm --sft-steps 40 --rl-steps 5 --episodes 200    # a try
 
 Prints the success on the test split after each of the two, greedy and sampled, and by how much GRPO raises it on the same
 episodes; leaves ``results.json``.
@@ -24,7 +24,7 @@ import torch
 import transformers as hf
 from mmenvs_agents.evaluation import evaluate
 from mmenvs_agents.vlm import VLMSettings, load
-from mmenvs_agents.vlm_finetuning import finetune
+from mmenvs_agents.vlm_finetuning import check, finetune
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mmenvs.benchmark.stats import bootstrap
@@ -94,7 +94,7 @@ def idefics3(width: int = 192, layers: int = 5, size: int = 64, patch: int = 8) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/vlm"))
+    parser.add_argument("--out", type=Path, default=Path("runs/small_vlm"))
     parser.add_argument("--difficulty", type=int, default=0)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
@@ -107,11 +107,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"--out must not be there yet, got {str(options.out)!r}")
+    if options.width < 64 or options.width % 32:
+        parser.error(f"--width must be a multiple of 32 from 64 on, got {options.width}")
+    for name in ("layers", "sft_steps", "rl_steps", "episodes"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     torch.manual_seed(options.seed)
-    model, processor = idefics3(options.width, options.layers)
-    for part in (model, processor):
-        part.save_pretrained(options.out / "untrained")
-    size = sum(parameter.numel() for parameter in model.parameters())
     settings = VLMSettings(
         "MMRL/VQA-v0",
         str(options.out / "untrained"),
@@ -134,6 +137,12 @@ def main() -> None:
         learning_rate=options.rl_rate,
         seed=options.seed + 10_000,
     )
+    for run in (settings, tuned):
+        check(run)
+    model, processor = idefics3(options.width, options.layers)
+    for part in (model, processor):
+        part.save_pretrained(options.out / "untrained")
+    size = sum(parameter.numel() for parameter in model.parameters())
     rows: list[dict[str, Any]] = []
     before: dict[bool, Any] = {}
     for name, run in (("sft", settings), ("grpo", tuned)):

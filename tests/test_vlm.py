@@ -384,6 +384,24 @@ def test_reinforcement_raises_the_reward(folder, tmp_path, algo):
     assert log[-1]["reward"] > log[0]["reward"] + 0.4
 
 
+@pytest.mark.parametrize(
+    ("algo", "arguments"),
+    [
+        ("sft", {"gradient_accumulation_steps": 4}),
+        ("grpo", {"gradient_accumulation_steps": 4}),
+        ("grpo", {"steps_per_generation": 4}),
+        ("rloo", {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_batches_that_are_added_up_are_of_other_episodes(folder, tmp_path, algo, arguments):
+    """All steps are done, and no episode comes twice."""
+    finetune(replace(little(folder(), algo=algo, arguments=arguments), steps=2), tmp_path, "cpu")
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert [row["step"] for row in log if "loss" in row] == [1, 2]
+    assert max(row["epoch"] for row in log) <= 1.0
+    assert load(tmp_path, "cpu").num_timesteps == 2
+
+
 def test_the_same_settings_give_the_same_weights(folder, tmp_path):
     for name in ("a", "b"):
         finetune(little(folder()), tmp_path / name, "cpu")
@@ -452,6 +470,13 @@ def test_trl_takes_the_tools_of_a_caption(folder, tmp_path):
         ({"learning_rate": 0.0}, "learning_rate must be over 0, got 0.0"),
         ({"kl": -0.1}, "kl must be at least 0, got -0.1"),
         ({"algo": "sft", "kl": 0.1}, "kl must be None for sft"),
+        ({"arguments": {"max_steps": 5}}, "arguments must leave 'max_steps' to steps, got 5"),
+        (
+            {"algo": "sft", "arguments": {"output_dir": "x"}},
+            "arguments must leave 'output_dir' to out, got 'x'",
+        ),
+        ({"algo": "sft", "arguments": {"use_vllm": True}}, "of grpo and rloo, got algo='sft'"),
+        ({"algo": "ppo", "arguments": {"use_vllm": True}}, "of grpo and rloo, got algo='ppo'"),
         ({"id": MATCHING}, "has sound"),
         ({"model": "no/such-model"}, "'no/such-model' is no folder"),
     ],
@@ -460,6 +485,12 @@ def test_wrong_settings_are_named(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         finetune(replace(little(folder()), **changes), tmp_path / "out", "cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_there_is_not_written_over(folder):
+    source = folder()
+    with pytest.raises(ValueError, match=r"holds a model \(config\.json\): choose another folder"):
+        finetune(little(source), source, "cpu")
 
 
 def test_settings_that_could_not_be_saved_are_refused_before_the_training(folder, tmp_path):

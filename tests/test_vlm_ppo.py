@@ -210,7 +210,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_model_before_it_is_kept(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"use_vllm": True}, "arguments of ppo must be of epochs, minibatches, accumulate"),
+        ({"loss_type": "dapo"}, "arguments of ppo must be of epochs, minibatches, accumulate"),
         ({"num_envs": 4}, "got 'num_envs'"),
         ({"kl": 0.1}, "got 'kl'"),
         ({"clip": -0.1}, "clip must be from 0"),

@@ -95,7 +95,7 @@ def load(
     path = Path(folder)
     if not (path / "settings.json").is_file():
         raise FileNotFoundError(
-            f"no agent in {str(folder)!r}: there is no settings.json; 'mmenvs train' writes one"
+            f"no agent in {str(folder)!r}: there is no settings.json ('mmenvs train' writes one) and no vlm.json ('mmenvs finetune-vlm')"
         )
     check_env_kwargs(env_kwargs)
     problem = f"cannot load the agent in {str(folder)!r}: "
