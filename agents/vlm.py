@@ -41,8 +41,9 @@ class VLMSettings:
             ``vlm_ppo.py``).
         lora: rank of the adapters (Hu et al. 2021) beside every linear layer; 0 trains all weights.
         steps: updates.
-        batch: what an update sees on each device, as often as ``gradient_accumulation_steps`` among ``arguments``: answers for grpo and rloo, a multiple of ``generations``;
-            answers to as many episodes for ppo; episodes for sft; pairs for dpo.
+        batch: what an update sees on each device, as often as ``gradient_accumulation_steps`` among ``arguments`` says:
+            answers for grpo and rloo, a multiple of ``generations``; answers to as many episodes for ppo; episodes for
+            sft; pairs for dpo.
         generations: answers to the same episode; dpo takes its pair out of as many. Not for sft and ppo.
         learning_rate: at the start; it falls linearly to 0. None is what is usual for the algorithm.
         kl: weight of the divergence from the model before; None is TRL's for the algorithm, and 0 for ppo.

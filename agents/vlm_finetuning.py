@@ -93,9 +93,8 @@ def finetune(
     }
     first = int(np.random.SeedSequence([settings.seed]).generate_state(1)[0])
     if settings.algo in ("grpo", "rloo"):
-        rows = (
-            math.ceil(rows / config.generation_batch_size) * config.generation_batch_size
-        )  # TRL drops the rest
+        whole = config.generation_batch_size  # TRL drops what doesn't fill one
+        rows = math.ceil(rows / whole) * whole
         seeds = range(first, first + rows // settings.generations)
         trainer = getattr(trl, f"{settings.algo.upper()}Trainer")(
             reward_funcs=episodes.reward, train_dataset=episodes.dataset(seeds), **common

@@ -95,7 +95,8 @@ def load(
     path = Path(folder)
     if not (path / "settings.json").is_file():
         raise FileNotFoundError(
-            f"no agent in {str(folder)!r}: there is no settings.json ('mmenvs train' writes one) and no vlm.json ('mmenvs finetune-vlm')"
+            f"no agent in {str(folder)!r}: there is no settings.json; 'mmenvs train' writes one, and 'mmenvs finetune-vlm' a "
+            "vlm.json beside vision-language models"
         )
     check_env_kwargs(env_kwargs)
     problem = f"cannot load the agent in {str(folder)!r}: "
