@@ -56,7 +56,7 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
-def idefics3(width: int = 192, layers: int = 5, size: int = 64, patch: int = 8) -> tuple[Any, Any]:
+def idefics3(width: int, layers: int, size: int = 64, patch: int = 8) -> tuple[Any, Any]:
     """An untrained Idefics3 (Laurencon et al. 2024) and its processor.
 
     Args:
